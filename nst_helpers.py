@@ -77,9 +77,9 @@ class StyleTransferConfig:
     """
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
-    num_steps: int = 150  # updates of the picture over all scales, 1 and up
+    num_steps: int = 160  # updates of the picture over all scales, 1 and up
     scales: int | str = "auto"  # sizes painted, coarse to fine; 1 = the plain textbook loop
-    content_weight: float = 2.0  # 0 and up: how much of the photo stays
+    content_weight: float = 2.5  # 0 and up: how much of the photo stays
     style_weight: float = 30.0  # 0 and up: how strongly the painting's style is matched
     tv_weight: float = 2.0  # 0 and up: smoothness of neighbouring pixels
     learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size
@@ -109,18 +109,24 @@ class StyleTransferConfig:
         _check_layers("content_layers", self.content_layers)
         _check_layers("style_layers", self.style_layers)
         weights = self.style_layer_weights
-        is_met = all(_is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
-        is_met = is_met and len(weights) == len(self.style_layers)
+        is_met = isinstance(weights, (tuple, list)) and len(weights) == len(self.style_layers)
+        is_met = is_met and all(_is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
         allowed = f"{len(self.style_layers)} numbers of at least 0, one a style layer, not all 0"
         _require(is_met, "style_layer_weights", allowed, weights)
-        _require(self.pooling in ("average", "max"), "pooling", "'average' or 'max'", self.pooling)
+        _check_pooling(self.pooling)
+        allowed = "'auto', 'torchvision', 'bundled' or a path"
+        _require(isinstance(self.weights, (str, os.PathLike)), "weights", allowed, self.weights)
         pick_precision(self.precision, pick_device(self.device))
 
 
 def _check_layers(name: str, layers: Sequence[str]) -> None:
-    is_met = not isinstance(layers, str) and len(layers) > 0 and all(x in LAYERS for x in layers)
-    is_met = is_met and len(set(layers)) == len(layers)
+    is_met = isinstance(layers, (tuple, list)) and all(layer in LAYERS for layer in layers)
+    is_met = is_met and len(set(layers)) == len(layers) > 0
     _require(is_met, name, f"a tuple of different layers out of {', '.join(LAYERS)}", layers)
+
+
+def _check_pooling(pooling: str) -> None:
+    _require(pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -154,11 +160,11 @@ def _bfloat16_pays() -> bool:
     """Whether this CPU convolves in bfloat16 at least 1.25 times as fast as in float32.
 
     That a processor has the instructions does not tell: some run them at twice the speed of float32,
-    others at half. So a small convolution is timed once in a process, in about a tenth of a second.
+    others at half. So a small convolution is timed, once in a process, in milliseconds.
     """
 
     def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(1, 64, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        x = torch.ones(1, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
         kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
         times = []
         for _ in range(10):
@@ -211,28 +217,31 @@ def load_image(
 def _open_picture(source: str | os.PathLike | bytes | Image.Image) -> tuple[Image.Image, str]:
     """The whole picture, upright and in RGB, and the name that an error calls it by."""
     if isinstance(source, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(source)), "the picture"
-    if isinstance(source, bytes):
+        name = "the picture"
+    elif isinstance(source, bytes):
         source, name = io.BytesIO(source), "the uploaded picture"
     else:
-        source = Path(source).expanduser()
-        name = f"'{source}'"
-        if not source.exists():
+        path = Path(source).expanduser()
+        name = f"'{path}'"
+        if not path.exists():
             raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-        if source.is_dir():
+        if path.is_dir():
             raise ValueError(f"{name} is a folder, but a picture file is needed.")
+        source = io.BytesIO(path.read_bytes())
     try:
         with warnings.catch_warnings():
             # Pillow warns at its decompression-bomb limit and refuses at twice that: refuse at both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                return _to_rgb(ImageOps.exif_transpose(opened)), name
+            picture = source if isinstance(source, Image.Image) else Image.open(source)
+            return _to_rgb(ImageOps.exif_transpose(picture)), name
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in any format that Pillow reads.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise ValueError(f"{name} has more than the {limit} pixels that Pillow deems safe.") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
         raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
 
 
@@ -369,7 +378,7 @@ class VGG19Features(nn.Module):
 
 def _cut_vgg19(last_layer: str, pooling: str) -> nn.Sequential:
     """torchvision's VGG19 up to ``last_layer``, its modules named, its weights still without memory."""
-    _require(pooling in ("average", "max"), "pooling", "'average' or 'max'", pooling)
+    _check_pooling(pooling)
     with torch.device("meta"):
         modules = torchvision.models.vgg19().features
     network = nn.Sequential()
@@ -408,8 +417,8 @@ def load_weights(
             if weights == "torchvision":
                 raise
             warnings.warn(
-                f"The bundled VGG19 is used, because {error} Its pictures are as good as those "
-                "of torchvision's VGG19, but not the same.",
+                f"The bundled VGG19 is used: {error} The bundled network gives the same look, "
+                "but not the same picture to the pixel.",
                 stacklevel=3,
             )
             return _read_bundled(shapes), CAFFE_INPUT, "bundled"
@@ -437,7 +446,7 @@ def _torchvision_state(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"{damage}torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error}): "
-            f"connect to the network, put the file at '{path}', or choose weights='bundled'."
+            f"connect to the network, put the file at '{_short(path)}', or choose weights='bundled'."
         ) from error
     return _read_checkpoint(path, shapes)
 
@@ -472,7 +481,7 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, 
         return found
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
         raise ValueError(
-            f"'{path}' holds no VGG19 that can be used, but {_what_is_in(path)} "
+            f"'{_short(path)}' holds no VGG19 that can be used, but {_what_is_in(path)} "
             f"({type(error).__name__}): delete it and download it anew, or choose weights='bundled'."
         ) from error
 
@@ -504,6 +513,12 @@ def _read_bundled(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     return state
 
 
+def _short(path: Path) -> str:
+    """The path with the home folder as ``~``, for messages that end up in shared notebooks."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def _what_is_in(path: Path) -> str:
     """A few words on a file that was meant to be a checkpoint."""
     with path.open("rb") as file:
@@ -524,14 +539,13 @@ TINY = 1e-12  # keeps a division by an all-zero target finite
 def gram_matrix(features: Tensor) -> Tensor:
     """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
 
-    Gatys et al., equation 3, without the positions that content is made of. Departure: G is divided
-    by the number of positions H W, so that pictures of different sizes can be compared; the division
-    comes before the product, which keeps the sums small in half precision too.
+    Gatys et al., equation 3. Departure: G is divided by the number of positions H W, so that pictures
+    of different sizes can be compared.
     """
     b, c, h, w = features.shape
     # Positions before channels, as channels_last memory has them: no copy, here or in the gradient.
-    f = features.float().permute(0, 2, 3, 1).reshape(b, h * w, c) / math.sqrt(h * w)
-    return f.mT @ f
+    f = features.float().permute(0, 2, 3, 1).reshape(b, h * w, c)
+    return f.mT @ f / (h * w)
 
 
 def calculate_content_loss(generated: Mapping[str, Tensor], content: Mapping[str, Tensor]) -> Tensor:
@@ -604,10 +618,10 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
 # ------------------------------------------------------------------------------------------------
 
 COARSEST_SIDE = 96  # pixels: no long side is halved to less
-STEP_SHARES = (2, 5, 8)  # of num_steps, from the finest scale to coarser ones; the rest get the last
+STEP_SHARES = (3, 7, 10)  # of num_steps, from the finest scale to coarser ones; the rest get the last
 ADAM_BETAS = (0.9, 0.99)  # the second moment forgets faster than usual: a scale has few steps
 FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
-MARGIN = 8  # pixels on each side
+MARGIN = 4  # pixels on each side
 AVERAGE_DECAY = 0.9  # of the running average of the picture, which damps the last steps' noise
 
 
@@ -632,9 +646,9 @@ def stylize(
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
 
-    Both are (1, 3, H, W) RGB in [0, 1], of any sizes, on one device. The result has the content's
-    size. ``network`` saves loading it anew for each run. Keep ``step.image``, not the steps, of a
-    long run: each holds a picture of its own.
+    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies
+    where the network is. ``network`` saves loading it anew for each run. Keep ``step.image``, not the
+    steps, of a long run: each holds a picture of its own.
 
     Raises ``ValueError`` before the first step where pictures, settings and network do not fit.
     """
@@ -644,9 +658,8 @@ def stylize(
     network = network or VGG19Features.from_config(config)
     missing = {*config.content_layers, *config.style_layers} - {*network.layers}
     _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
-    devices = {str(x.device) for x in (content, style, *network.parameters())}
-    _require(len(devices) == 1, "content, style and network", "on one device", sorted(devices))
-    return _coarse_to_fine(content, style, config, network)
+    device = next(network.parameters()).device
+    return _coarse_to_fine(content.to(device), style.to(device), config, network)
 
 
 def _check_image(name: str, image: Tensor) -> None:
@@ -724,8 +737,8 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps, rate * FINAL_LEARNING_RATE)
     average = torch.zeros_like(image)
     for step in range(1, steps + 1):
-        features = network(image, layers)
-        losses = calculate_losses(image, features, content_features, style_grams, config)
+        # The features are given no name here: they are large, and must be gone before the next ones.
+        losses = calculate_losses(image, network(image, layers), content_features, style_grams, config)
         adam.zero_grad()
         losses["total"].backward()
         adam.step()
@@ -806,14 +819,15 @@ def show_grams(grams: Mapping[str, Tensor]) -> None:
 
 def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
     """Draw each step's ``losses`` on a log scale."""
-    _, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
     steps = range(1, len(history) + 1)
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for the device once
+        values[values <= 0] = math.nan  # the start's content loss: zero has no place on a log scale
         ax.plot(steps, values, label=name, linewidth=2.5 if name == "total" else 1.5)
     ax.set(yscale="log", xlabel="step", ylabel="loss")
     ax.grid(alpha=0.3)
-    ax.legend()
+    figure.legend(loc="outside right upper")
 
 
 def preview(image: Tensor, width: int = 512) -> IPython.display.Image:

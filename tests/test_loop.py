@@ -29,15 +29,16 @@ def vgg():
     return nst.VGG19Features.from_config(CONFIG)
 
 
-@pytest.mark.parametrize("photo", ["china", "chelsea"])
-@pytest.mark.parametrize("painting", ["starry_night", "stained_glass"])
-def test_the_style_comes_and_the_content_stays(vgg, pictures, photo, painting):
+@pytest.mark.parametrize(
+    ("photo", "painting", "other"),
+    [("china", "starry_night", "chelsea"), ("chelsea", "stained_glass", "china")],
+)
+def test_the_style_comes_and_the_content_stays(vgg, pictures, photo, painting, other):
     content, style = pictures[photo], pictures[painting]
-    other = pictures["chelsea" if photo == "china" else "china"]
-    result = last(nst.stylize(content, style, replace(CONFIG, num_steps=60), vgg)).image
+    result = last(nst.stylize(content, style, CONFIG, vgg)).image
     assert result.shape == content.shape and 0 <= result.min() and result.max() <= 1
     assert style_loss(result, style, vgg) * 10 < style_loss(content, style, vgg)
-    unrelated = nst.resize(other, content.shape[2:])
+    unrelated = nst.resize(pictures[other], content.shape[2:])
     assert content_loss(result, content, vgg) < content_loss(unrelated, content, vgg)
 
 
@@ -177,5 +178,3 @@ def test_what_does_not_fit_is_refused_when_stylize_is_called(vgg, pictures):
         nst.stylize(photo, style[:, :, :10], CONFIG, vgg)
     with pytest.raises(ValueError, match=r"network must be made with relu3_2 too"):
         nst.stylize(photo, style, replace(CONFIG, content_layers=("relu3_2",)), vgg)
-    with pytest.raises(ValueError, match=r"on one device.*cpu.*meta"):
-        nst.stylize(photo, style.to("meta"), CONFIG, vgg)

@@ -1,5 +1,6 @@
 """The network is torchvision's VGG19, whatever its weights come from and however they fail to come."""
 
+import copy
 import hashlib
 import http.server
 import threading
@@ -154,6 +155,26 @@ def test_bundled_weights_have_the_mean_activations_that_were_measured(vgg, pictu
     vgg_max = nst.VGG19Features(tuple(measured), "bundled", "max")
     for layer, features in vgg_max(pictures["chelsea"]).items():
         assert measured[layer] / 2.5 < features.mean() < measured[layer] * 2.5, layer
+
+
+def test_the_losses_do_not_depend_on_the_scales_of_the_layers(vgg, pictures):
+    """Sources of weights differ in the scale of each layer: settings mean the same with all of them."""
+    rescaled, scale = copy.deepcopy(vgg), 1.0
+    for i, module in enumerate(rescaled.network):
+        if isinstance(module, nn.Conv2d):  # a ReLU network lets a layer's scale through to the next
+            module.weight /= scale
+            scale = 10.0 ** (i % 5 - 2)
+            module.weight *= scale
+            module.bias *= scale
+
+    def losses(network):
+        photo, painting = network(pictures["china"]), network(pictures["starry_night"])
+        picture = network(pictures["china"].flip(3))
+        grams = {layer: nst.gram_matrix(painting[layer]) for layer in nst.STYLE_LAYERS}
+        content = {layer: photo[layer] for layer in nst.CONTENT_LAYERS}
+        return nst.calculate_style_loss(picture, grams), nst.calculate_content_loss(picture, content)
+
+    torch.testing.assert_close(losses(rescaled), losses(vgg), rtol=1e-3, atol=0)
 
 
 def test_a_bundled_file_that_was_changed_is_refused(monkeypatch):

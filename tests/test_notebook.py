@@ -208,6 +208,12 @@ def test_losses_are_drawn_on_a_log_scale(figures):
     }
 
 
+def test_a_loss_of_zero_leaves_a_gap(figures):
+    nst.plot_losses([{"content": torch.tensor(0.0)}, {"content": torch.tensor(0.5)}])
+    first, second = figures.gca().lines[0].get_ydata()
+    assert nst.math.isnan(first) and second == 0.5
+
+
 def test_the_preview_is_a_light_jpeg_of_one_width_at_every_scale():
     for side in (32, 128):
         shown = nst.preview(torch.rand(1, 3, side, side), width=300)

@@ -159,6 +159,8 @@ def test_a_truncated_picture_is_refused_and_never_half_grey(tmp_path, kind):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="half"):
         nst.load_image(path)
+    with pytest.raises(ValueError), Image.open(path) as opened:  # Pillow opens it and reads later
+        nst.load_image(opened)
 
 
 def test_what_is_missing_a_folder_or_too_small_is_said(tmp_path):
