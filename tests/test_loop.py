@@ -24,11 +24,6 @@ def content_loss(image, content, vgg):
     return nst.calculate_content_loss(vgg(image), vgg(content, nst.CONTENT_LAYERS)).item()
 
 
-@pytest.fixture(scope="module")
-def vgg():
-    return nst.VGG19Features.from_config(CONFIG)
-
-
 @pytest.mark.parametrize(
     ("photo", "painting", "other"),
     [("china", "starry_night", "chelsea"), ("chelsea", "stained_glass", "china")],
@@ -93,6 +88,19 @@ def test_pixels_stay_in_range_under_a_wild_learning_rate(vgg, pictures):
     steps = list(nst.stylize(pictures["china"], pictures["stained_glass"], config, vgg))
     assert all(step.losses["tv"] <= 2 for step in steps)
     assert all(0 <= step.image.min() and step.image.max() <= 1 for step in steps)
+
+
+def test_smaller_scales_take_larger_steps(monkeypatch, vgg, pictures):
+    rates, adam = [], torch.optim.Adam
+
+    def note(params, lr, *rest):
+        rates.append(lr)
+        return adam(params, lr, *rest)
+
+    monkeypatch.setattr(torch.optim, "Adam", note)
+    config = replace(CONFIG, num_steps=3, scales=3, learning_rate=0.01)
+    last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg))
+    assert rates == pytest.approx([0.03, 0.02, 0.01])
 
 
 def test_content_and_style_may_have_any_sizes_and_shapes(vgg, pictures):
@@ -178,3 +186,8 @@ def test_what_does_not_fit_is_refused_when_stylize_is_called(vgg, pictures):
         nst.stylize(photo, style[:, :, :10], CONFIG, vgg)
     with pytest.raises(ValueError, match=r"network must be made with relu3_2 too"):
         nst.stylize(photo, style, replace(CONFIG, content_layers=("relu3_2",)), vgg)
+    with pytest.raises(ValueError, match=r"network must be made with pooling='average', not 'max'"):
+        nst.stylize(photo, style, replace(CONFIG, pooling="average"), vgg)
+    for wrong in (photo * 255, (photo * 255).byte(), photo - 0.5, photo * float("nan")):
+        with pytest.raises(ValueError, match="content must be floating-point numbers from 0 to 1"):
+            nst.stylize(wrong, style, CONFIG, vgg)

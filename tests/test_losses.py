@@ -82,3 +82,24 @@ def test_an_all_zero_target_keeps_the_losses_finite():
     grams = {"a": torch.zeros(1, 2, 2)}
     assert nst.calculate_content_loss(features, target).isfinite()
     assert nst.calculate_style_loss(features, grams).isfinite()
+
+
+def test_the_total_is_the_weighted_sum_of_the_three():
+    config = nst.StyleTransferConfig(
+        content_weight=5,
+        style_weight=7,
+        tv_weight=11,
+        style_layers=("relu1_1", "relu2_1"),
+        style_layer_weights=(3, 1),
+    )
+    stripes = (torch.arange(8) % 2).float().expand(1, 3, 6, 8)  # a total variation of 1
+    features = {"relu1_1": torch.ones(1, 1, 2, 2), "relu2_1": torch.zeros(1, 1, 2, 2)}
+    content = {"relu1_1": torch.full((1, 1, 2, 2), 2.0)}  # (1 - 2)² / 2²
+    grams = {layer: torch.ones(1, 1, 1) for layer in features}  # distances 0 and 1, weighted 3 : 1
+    losses = nst.calculate_losses(stripes, features, content, grams, config)
+    assert {name: loss.item() for name, loss in losses.items()} == {
+        "content": 0.25,
+        "style": 0.25,
+        "tv": 1,
+        "total": 5 * 0.25 + 7 * 0.25 + 11,
+    }

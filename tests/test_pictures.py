@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -68,11 +69,22 @@ def test_every_exif_orientation_comes_in_upright(four_corners, orientation):
     assert corners(image) == [RED, GREEN, BLUE, WHITE]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "PA"])
+def test_an_odd_exif_tag_is_no_reason_to_refuse_a_photo(four_corners):
+    odd = struct.pack("<HHI4s", 0x0100, 2, 4, b"odd")  # ImageWidth as text, where a number belongs
+    turned = struct.pack("<HHIHH", ORIENTATION, 3, 1, 3, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + turned + struct.pack("<I", 0)
+    image = nst.load_image(encoded(four_corners.transpose(Image.Transpose.ROTATE_180), exif=exif))
+    assert corners(image) == [RED, GREEN, BLUE, WHITE]
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBa"]
+)
 def test_every_mode_becomes_rgb(four_corners, mode):
-    image = nst.load_image(four_corners.convert(mode))
+    between = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+    image = nst.load_image(four_corners.convert(between).convert(mode))
     assert image.shape == (1, 3, 20, 40)
-    grey = mode in ("1", "L", "LA")
+    grey = mode in ("1", "L", "LA", "La")
     assert corners(image)[3] == WHITE
     assert (corners(image)[0] == RED) != grey
 
@@ -159,13 +171,22 @@ def test_a_truncated_picture_is_refused_and_never_half_grey(tmp_path, kind):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="half"):
         nst.load_image(path)
-    with pytest.raises(ValueError), Image.open(path) as opened:  # Pillow opens it and reads later
+
+
+def test_a_truncated_picture_that_pillow_has_opened_already_is_refused(four_corners):
+    data = encoded(four_corners, "JPEG")
+    opened = Image.open(io.BytesIO(data[:-200]))  # Pillow reads the header now and the pixels later
+    with pytest.raises(ValueError, match="the picture is a damaged or truncated picture"):
         nst.load_image(opened)
 
 
 def test_what_is_missing_a_folder_or_too_small_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         nst.load_image(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match="There is no picture"):
+        nst.load_image("long" * 100)
+    with pytest.raises(ValueError, match=r"device must be .*cpu.*, not 'gpu'"):
+        nst.load_image(Image.new("RGB", (40, 40)), device="gpu")
     with pytest.raises(ValueError, match="is a folder"):
         nst.load_image(tmp_path)
     with pytest.raises(ValueError, match=r"15 x 40 pixels.*at least 16"):

@@ -37,8 +37,10 @@ NAN = math.nan
         ("pooling", "median", "'max' or 'average'"),
         ("weights", None, "a path"),
         ("precision", "float8", "'bfloat16'"),
+        ("precision", [], "'bfloat16'"),
         ("device", "gpu", "cpu"),
         ("seed", -1, "at least 0"),
+        ("seed", 2**64, "at least 0"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value, allowed):
