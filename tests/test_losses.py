@@ -18,6 +18,15 @@ def test_gram_holds_the_mean_products_of_channels():
     torch.testing.assert_close(nst.gram_matrix(features), expected)
 
 
+def test_the_gradient_through_the_gram_matrix_is_autograds_own():
+    features = torch.rand(2, 3, 4, 5, requires_grad=True)
+    upstream = torch.rand(2, 3, 3)  # not symmetric: both halves of the gradient count
+    flat = features.flatten(2)
+    (expected,) = torch.autograd.grad(flat @ flat.mT / 20, features, upstream)
+    (got,) = torch.autograd.grad(nst.gram_matrix(features), features, upstream)
+    torch.testing.assert_close(got, expected)
+
+
 def test_gram_stays_finite_and_float32_for_large_half_precision_features():
     features = torch.full((1, 2, 64, 64), 60000.0, dtype=torch.float16)
     gram = nst.gram_matrix(features)
