@@ -87,7 +87,7 @@ class StyleTransferConfig:
     style_layers: tuple[str, ...] = STYLE_LAYERS
     # Departure: the paper weighs its layers equally, which buries the photo under texture.
     style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # one a style layer
-    # Departure: the paper prefers "average", which in so few steps leaves smooth skies dotted.
+    # Departure: the paper prefers "average", which in so few steps can leave smooth skies dotted.
     pooling: str = "max"  # "max" or "average"
     weights: str | os.PathLike = "auto"  # "auto", "torchvision", "bundled", or a checkpoint's path
     precision: str = "auto"  # the convolutions' type: "auto", "float32" or "bfloat16"
@@ -738,7 +738,7 @@ def _coarse_to_fine(
     content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features
 ) -> Iterator[Step]:
     """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and
-    settles the large shapes; a copy of the photo needs fewer steps and stays recognisable.
+    settles the large shapes; a copy of the photo is recognisable from the first step on.
     """
     plan = plan_scales(content.shape[2:], config)
     image, done = _add_noise(resize(content, plan[0][0]), config), 0
