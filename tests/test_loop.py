@@ -25,8 +25,7 @@ def content_loss(image, content, vgg):
 
 
 @pytest.mark.parametrize(
-    ("photo", "painting", "other"),
-    [("china", "starry_night", "chelsea"), ("chelsea", "stained_glass", "china")],
+    ("photo", "painting", "other"), [("china", "starry_night", "chelsea"), ("chelsea", "stained_glass", "china")]
 )
 def test_the_style_comes_and_the_content_stays(vgg, pictures, photo, painting, other):
     content, style = pictures[photo], pictures[painting]
@@ -98,9 +97,9 @@ def test_smaller_scales_take_larger_steps(monkeypatch, vgg, pictures):
         return adam(params, lr, *rest)
 
     monkeypatch.setattr(torch.optim, "Adam", note)
-    config = replace(CONFIG, num_steps=3, scales=3, learning_rate=0.01)
+    config = replace(CONFIG, num_steps=9, scales=3, learning_rate=0.01)
     last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg))
-    assert rates == pytest.approx([0.03, 0.02, 0.01])
+    assert rates == pytest.approx([0.026, 0.018, 0.01])
 
 
 def test_content_and_style_may_have_any_sizes_and_shapes(vgg, pictures):
@@ -137,14 +136,11 @@ def test_each_weight_pulls_the_way_it_says(vgg, pictures, weight):
     assert loss(20) < loss(1 / 20)
 
 
-def test_bfloat16_paints_nearly_the_same_picture(vgg, pictures):
-    config = replace(CONFIG, num_steps=20, precision="bfloat16")
-    content, style = pictures["china"], pictures["starry_night"]
-    half = last(nst.stylize(content, style, config)).image
-    full = last(nst.stylize(content, style, replace(config, precision="float32"), vgg)).image
-    assert half.dtype == torch.float32
-    assert (half - full).abs().mean() < 0.03
-    assert style_loss(half, style, vgg) == pytest.approx(style_loss(full, style, vgg), rel=0.1)
+def test_the_photos_fine_detail_comes_in_with_the_size_that_shows_it(vgg, pictures):
+    """With steps too small to see, what comes out is the photo: no scale leaves it blurred."""
+    config = replace(CONFIG, num_steps=9, scales=3, learning_rate=1e-6)
+    image = last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg)).image
+    assert (image - pictures["china"]).abs().mean() < 2e-3
 
 
 # The plan of scales -----------------------------------------------------------------------------
@@ -153,26 +149,26 @@ def test_bfloat16_paints_nearly_the_same_picture(vgg, pictures):
 @pytest.mark.parametrize(
     ("size", "scales", "expected"),
     [
-        ((342, 512), "auto", [(86, 128), (171, 256), (342, 512)]),
+        ((342, 512), "auto", [(85, 128), (121, 181), (171, 256), (242, 362), (342, 512)]),
         ((342, 512), 1, [(342, 512)]),
-        ((342, 512), 2, [(171, 256), (342, 512)]),
-        ((683, 1024), "auto", [(85, 128), (171, 256), (342, 512), (683, 1024)]),
+        ((342, 512), 2, [(242, 362), (342, 512)]),
+        ((128, 192), "auto", [(64, 96), (91, 136), (128, 192)]),
         ((85, 128), "auto", [(85, 128)]),
         ((16, 4000), "auto", [(16, 4000)]),
-        ((64, 64), 9, [(16, 16), (32, 32), (64, 64)]),
+        ((32, 32), 9, [(16, 16), (23, 23), (32, 32)]),
     ],
 )
-def test_scales_halve_down_to_the_coarsest(size, scales, expected):
+def test_each_scale_has_half_the_pixels_of_the_next(size, scales, expected):
     plan = nst.plan_scales(size, replace(CONFIG, scales=scales))
-    assert [here for here, _ in plan] == expected
+    assert [scale.size for scale in plan] == expected
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10, 209, 210, 1000])
 @pytest.mark.parametrize("size", [(342, 512), (85, 128), (2048, 2048)])
 def test_the_plan_spends_all_steps_and_always_paints_the_full_size(num_steps, size):
     plan = nst.plan_scales(size, replace(CONFIG, num_steps=num_steps))
-    assert sum(steps for _, steps in plan) == num_steps
-    assert plan[-1][0] == size and all(steps >= 1 for _, steps in plan)
+    assert sum(scale.steps for scale in plan) == num_steps
+    assert plan[-1].size == size and all(scale.steps >= 1 for scale in plan)
 
 
 # What does not fit is said before the loop ------------------------------------------------------

@@ -65,9 +65,7 @@ def test_losses_are_relative_so_the_scale_of_a_layer_cancels_out():
     torch.testing.assert_close(style, louder)
     photo = {"a": torch.rand(1, 4, 5, 6)}
     content = nst.calculate_content_loss(generated, photo)
-    torch.testing.assert_close(
-        content, nst.calculate_content_loss({"a": generated["a"] * 50}, {"a": photo["a"] * 50})
-    )
+    torch.testing.assert_close(content, nst.calculate_content_loss({"a": generated["a"] * 50}, {"a": photo["a"] * 50}))
 
 
 def test_style_layer_weights_are_a_weighted_mean():
@@ -95,11 +93,7 @@ def test_an_all_zero_target_keeps_the_losses_finite():
 
 def test_the_total_is_the_weighted_sum_of_the_three():
     config = nst.StyleTransferConfig(
-        content_weight=5,
-        style_weight=7,
-        tv_weight=11,
-        style_layers=("relu1_1", "relu2_1"),
-        style_layer_weights=(3, 1),
+        content_weight=5, style_weight=7, tv_weight=11, style_layers=("relu1_1", "relu2_1"), style_layer_weights=(3, 1)
     )
     stripes = (torch.arange(8) % 2).float().expand(1, 3, 6, 8)  # a total variation of 1
     features = {"relu1_1": torch.ones(1, 1, 2, 2), "relu2_1": torch.zeros(1, 1, 2, 2)}

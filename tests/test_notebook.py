@@ -37,9 +37,7 @@ def copy_project(folder: Path) -> Path:
 def test_nbval_runs_it_and_its_checked_outputs_are_right(tmp_path):
     project = copy_project(tmp_path)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", NOTEBOOK.name]
-    run = subprocess.run(
-        command, cwd=project, env={**os.environ, "NST_QUICK": "1"}, capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=project, env={**os.environ, "NST_QUICK": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert f"{len(code)} passed" in run.stdout
     saved = list((project / "outputs").iterdir())
@@ -63,9 +61,7 @@ def colab(monkeypatch):
     return files
 
 
-def test_in_colab_the_first_cell_asks_for_the_helper_only_while_it_is_missing(
-    colab, monkeypatch, tmp_path, capsys
-):
+def test_in_colab_the_first_cell_asks_for_the_helper_only_while_it_is_missing(colab, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def upload():
@@ -106,9 +102,7 @@ def test_in_colab_an_upload_is_used_as_bytes_and_none_means_the_sample(colab, mo
     assert "Choose a photo, or press Cancel to go on with images" in capsys.readouterr().out
 
 
-def test_in_colab_without_the_folder_of_samples_one_beside_the_notebook_will_do(
-    colab, monkeypatch, tmp_path, capsys
-):
+def test_in_colab_without_the_folder_of_samples_one_beside_the_notebook_will_do(colab, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     colab.answers = [{}, {}]
     missing = nst.choose_picture("a photo", "images/china.jpg")

@@ -77,9 +77,7 @@ def test_an_odd_exif_tag_is_no_reason_to_refuse_a_photo(four_corners):
     assert corners(image) == [RED, GREEN, BLUE, WHITE]
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBa"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBa"])
 def test_every_mode_becomes_rgb(four_corners, mode):
     between = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
     image = nst.load_image(four_corners.convert(between).convert(mode))
@@ -133,9 +131,7 @@ def test_a_palette_with_a_transparent_colour_is_laid_on_white(four_corners):
         ((1000, 16), 512, False, (16, 1000)),
     ],
 )
-def test_the_long_side_becomes_max_size_but_nothing_is_enlarged_unasked(
-    size, max_size, upscale, expected
-):
+def test_the_long_side_becomes_max_size_but_nothing_is_enlarged_unasked(size, max_size, upscale, expected):
     image = nst.load_image(Image.new("RGB", size), max_size, upscale=upscale)
     assert tuple(image.shape[2:]) == expected
 
@@ -221,9 +217,7 @@ def test_to_pil_clamps_and_rounds():
 
 
 def test_a_saved_picture_is_timestamped_and_never_overwritten(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        nst.time, "strftime", lambda form: form.replace("%Y%m%d_%H%M%S", "20261122_101112")
-    )
+    monkeypatch.setattr(nst.time, "strftime", lambda form: form.replace("%Y%m%d_%H%M%S", "20261122_101112"))
     image = torch.zeros(1, 3, 16, 16)
     names = [nst.save_image(image + i / 10, tmp_path / "new" / "folder").name for i in range(3)]
     stem = "stylized_output_20261122_101112"
