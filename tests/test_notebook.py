@@ -190,17 +190,12 @@ def test_pictures_stand_side_by_side_under_their_titles(figures):
     assert axes[0].images[0].get_array().shape == (20, 40, 3)
 
 
-def test_feature_maps_show_the_channels_that_vary_the_most(figures):
-    features = torch.zeros(1, 8, 4, 4)
-    features[0, 5, 0, 0], features[0, 2, 0, 0] = 9, 5
-    nst.show_feature_maps({"relu1_1": features.bfloat16()}, count=2)
-    assert [ax.get_title() for ax in figures.gcf().axes] == ["relu1_1, channel 5", "relu1_1, channel 2"]
-
-
-def test_gram_matrices_share_one_scale_of_colours(figures):
-    nst.show_grams({"a": torch.full((1, 2, 2), 1.0), "b": torch.full((1, 2, 2), 4.0)})
-    one, other = (ax.images[0] for ax in figures.gcf().axes[:2])
+def test_maps_share_one_scale_of_colours_beside_a_picture_too(figures):
+    maps = {"a": torch.full((2, 2), 1.0), "b": torch.full((2, 2), 4.0, dtype=torch.bfloat16)}
+    nst.show_images(maps | {"picture": torch.rand(1, 3, 4, 4)})
+    one, other, picture = (ax.images[0] for ax in figures.gcf().axes)
     assert one.norm is other.norm and one.norm.vmax == 4
+    assert picture.get_array().shape == (4, 4, 3)
 
 
 def test_losses_are_drawn_on_a_log_scale(figures):

@@ -185,7 +185,7 @@ def test_what_is_missing_a_folder_or_too_small_is_said(tmp_path):
         nst.load_image(Image.new("RGB", (40, 40)), device="gpu")
     with pytest.raises(ValueError, match="is a folder"):
         nst.load_image(tmp_path)
-    with pytest.raises(ValueError, match=r"15 x 40 pixels.*at least 16"):
+    with pytest.raises(ValueError, match=r"at least 16 pixels.*15 x 40"):
         nst.load_image(Image.new("RGB", (15, 40)))
     with pytest.raises(ValueError, match=r"max_size.*at least 16, not 0"):
         nst.load_image(Image.new("RGB", (40, 40)), 0)
