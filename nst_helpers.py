@@ -185,7 +185,8 @@ Source = str | os.PathLike | bytes | Image.Image
 
 # What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all other EXIF tags,
 # and stumbles over odd ones in photos that are sound.
-TURNS = dict(zip(range(2, 9), (Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)), strict=True))
+TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURN_NAMES, 2)}
 
 
 def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
