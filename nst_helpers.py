@@ -732,6 +732,7 @@ def _allocator(keep: bool) -> Iterator[None]:
 
 # The loop -----------------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words: CUDA and MPS, Linux, Windows
 SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
 RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
 COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
@@ -833,9 +834,8 @@ def _coarse_to_fine(
                     yield Step(done, image, losses)
             continue
         except (MemoryError, RuntimeError) as error:
-            is_cuda = isinstance(error, torch.OutOfMemoryError)
-            if not (is_cuda or isinstance(error, MemoryError) or "allocate memory" in str(error)):
-                raise  # (PyTorch's CPU allocator raises a mere RuntimeError)
+            if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+                raise
         # The error is gone by now, and with it the memory that its traceback held.
         height, width = scale.size
         told, left = f"Memory ran out at {width} x {height} pixels", config.num_steps - done

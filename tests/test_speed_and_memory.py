@@ -223,7 +223,13 @@ def test_the_estimate_is_made_with_real_steps_too(vgg, pictures):
 
 # Memory that runs out ---------------------------------------------------------------------------
 
-KINDS = (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 9 bytes"))
+KINDS = {
+    "Python": MemoryError(),
+    "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)."),
+    "Linux": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    "Windows": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: 9 bytes"),
+}
 
 
 def short_of_memory(monkeypatch, error, too_large, while_plain_only):
@@ -238,7 +244,7 @@ def short_of_memory(monkeypatch, error, too_large, while_plain_only):
     monkeypatch.setattr(nst.VGG19Features, "forward", forward)
 
 
-@pytest.mark.parametrize("error", KINDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("scale", [0, 1, 2])
 def test_where_memory_runs_out_checkpoints_take_over_at_any_scale(monkeypatch, vgg, pictures, scale, error):
     config = replace(CONFIG, scales=3, num_steps=9)
