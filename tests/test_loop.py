@@ -171,6 +171,11 @@ def test_the_plan_spends_all_steps_and_always_paints_the_full_size(num_steps, si
     assert plan[-1].size == size and all(scale.steps >= 1 for scale in plan)
 
 
+def test_most_steps_are_spent_where_a_step_is_cheap():
+    steps = [scale.steps for scale in nst.plan_scales((342, 512), replace(CONFIG, num_steps=82))]
+    assert steps == [40, 16, 10, 8, 8]
+
+
 # What does not fit is said before the loop ------------------------------------------------------
 
 

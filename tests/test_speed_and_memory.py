@@ -68,6 +68,16 @@ def test_half_precision_holds_the_largest_features_and_the_smallest_gradients(pi
     assert gradient.isfinite().all() and (gradient == 0).float().mean() < 0.05
 
 
+def test_the_loop_scales_its_loss_by_the_pixels_so_that_no_gradient_vanishes(monkeypatch, vgg, pictures):
+    """Adam is blind to the factor; without it float16 loses a large picture's gradients, which shrink with its size."""
+    scaled, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: scaled.append(loss.item()) or backward(loss))
+    config = replace(CONFIG, num_steps=1)
+    step = last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg))
+    pixels = (step.image.shape[2] + 2 * nst.MARGIN) * (step.image.shape[3] + 2 * nst.MARGIN)
+    assert scaled == [pytest.approx(step.losses["total"].item() * 3 * pixels)]
+
+
 def test_the_type_of_the_convolutions_is_the_one_that_the_device_is_fastest_in(monkeypatch):
     def picked(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
