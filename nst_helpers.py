@@ -732,7 +732,8 @@ def _allocator(keep: bool) -> Iterator[None]:
 
 # The loop -----------------------------------------------------------------------------------------
 
-OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words: CUDA and MPS, Linux, Windows
+# In PyTorch's words: of CUDA and MPS, on Linux, on Windows, and in the convolutions of a CPU.
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|could not create a primitive$"
 SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
 RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
 COARSEST_SIDE = 96  # pixels: no long side is shrunk to less

@@ -238,6 +238,7 @@ KINDS = {
     "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)."),
     "Linux": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    "oneDNN": RuntimeError("could not create a primitive"),
     "Windows": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: 9 bytes"),
 }
 
