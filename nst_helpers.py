@@ -102,7 +102,7 @@ class StyleTransferConfig:
     checkpoint: bool | str = "auto"  # True: slower, in a fraction of the memory; "auto": if need be
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
     noise: float = 0.0  # 0 and up: standard deviation of the noise added to the start
-    seed: int = 0  # 0 and up: which noise; the same seed on the same CPU gives the same picture
+    seed: int = 0  # 0 and up: which noise; on one CPU it and named precision and checkpoint fix the picture
 
     def __post_init__(self) -> None:
         def check(name: str, allowed: str, is_met: Callable[[Any], bool]) -> None:
@@ -786,13 +786,13 @@ def stylize(
     _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
     pooling = f"made with pooling={config.pooling!r}"
     _require(network.pooling == config.pooling, "network", pooling, network.pooling)
-    _check_memory(content.shape[2:], style, network)
+    _check_memory(content.shape[2:], style, config, network)
     return _coarse_to_fine(content.to(network.device), style.to(network.device), config, network)
 
 
-def _check_memory(size: Sequence[int], style: Tensor, network: VGG19Features) -> None:
+def _check_memory(size: Sequence[int], style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> None:
     def fits(side: int) -> bool:
-        return bytes_needed([x * side / longest for x in size], style, network, checkpoint=True) <= free
+        return bytes_needed([x * side / longest for x in size], style, network, config.checkpoint is not False) <= free
 
     longest, free = max(size), free_memory(network.device)
     largest = next(filter(fits, range(longest, 0, -1)), 0)

@@ -1,8 +1,8 @@
 """How fast and how lean it is, measured on this machine: ``python tests/benchmark.py [--quick] [--json FILE]``.
 
 The textbook loop that it is compared with is what a reader of the paper would write: float32, one scale, the whole
-picture at once, the network as torchvision gives it, autograd for everything, 1000 steps of Adam or 300 of L-BFGS.
-Its steps are timed and multiplied, since all of them would take half an hour. Every picture is judged by one
+picture at once, in PyTorch's usual layout, autograd for the Gram matrices, 1000 steps of Adam or 300 of L-BFGS. Ten of
+its steps are timed and multiplied. Every picture is judged by one
 reference objective: the default losses at full size, in float32 and without the margin.
 """
 
@@ -74,24 +74,24 @@ class Objective:
         return nst.calculate_losses(image, found, self.photo, self.grams, self.config)["total"]
 
 
-def textbook(objective: Objective, optimiser: str, steps: int) -> tuple[float, float]:
+def textbook(objective: Objective, method: str, steps: int) -> tuple[float, float]:
     """The median seconds of a step, and the reference objective after ``steps`` of them."""
     image = objective.content.clone(memory_format=torch.contiguous_format).requires_grad_()
     times = []
-    if optimiser == "adam":
-        adam = torch.optim.Adam([image], 0.02)
+    if method == "adam":
+        optimiser = torch.optim.Adam([image], 0.02)
     else:
-        adam = torch.optim.LBFGS([image], max_iter=1)
+        optimiser = torch.optim.LBFGS([image], max_iter=1)
 
     def closure() -> torch.Tensor:
-        adam.zero_grad()
+        optimiser.zero_grad()
         loss = objective(image)
         loss.backward()
         return loss
 
     for _ in range(steps):
         start = time.perf_counter()
-        adam.step(closure)
+        optimiser.step(closure)
         with torch.no_grad():
             image.clamp_(0, 1)
         wait(image.device)

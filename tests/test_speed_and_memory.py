@@ -202,6 +202,15 @@ def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(monkeypat
         assert (nst.bytes_needed(size, pictures["starry_night"], vgg, True) <= 0.3 * GB) is fits
 
 
+def test_without_checkpoints_what_fits_only_with_them_is_refused_too(monkeypatch, vgg, pictures):
+    """Linux lets a process take more than there is and then kills it without a word, so it is said beforehand."""
+    content, style = nst.resize(pictures["china"], (400, 600)), pictures["starry_night"]
+    monkeypatch.setattr(nst, "free_memory", lambda device: 0.4 * GB)
+    nst.stylize(content, style, CONFIG, vgg)
+    with pytest.raises(ValueError, match=r"max_size must be at most \d+ .*not 600"):
+        nst.stylize(content, style, replace(CONFIG, checkpoint=False), vgg)
+
+
 def test_the_estimate_adds_up_the_scales(monkeypatch, vgg, pictures):
     """With a clock that lets 10 ms and 1 µs a pixel pass in a step, the seconds follow by hand."""
     clock = [0.0]
