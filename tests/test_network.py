@@ -236,9 +236,8 @@ def test_a_download_lands_in_the_cache_and_is_used(serve, checkpoint):
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><p>Please log in</p>", b"", b"\x80\x02 half"])
 def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(serve, page):
     path = serve(page, checksum="dcbb9e9d")
-    with pytest.raises(ConnectionError, match=r"not dcbb9e9d.*weights='bundled'") as error:
+    with pytest.raises(ConnectionError, match=r"invalid hash value.*dcbb9e9d.*weights='bundled'"):
         nst.VGG19Features(weights="torchvision")
-    assert ("web page" in str(error.value)) == page.startswith(b"<")
     assert list(path.parent.iterdir()) == []
 
 

@@ -18,6 +18,10 @@ def last(steps):
     return step
 
 
+def bytes_needed(size, style, network, checkpoint):
+    return nst.plan_memory(size, [style], replace(CONFIG, checkpoint=checkpoint), network)[1]
+
+
 def losses_and_gradient(network, picture, content, style, **options):
     """The losses of ``picture``, and the gradient of their sum, as the loop computes them."""
     with torch.no_grad():
@@ -167,27 +171,27 @@ def test_a_gram_matrix_in_chunks_is_the_plain_one(monkeypatch, dtype):
 
 def test_memory_grows_with_the_pixels_and_checkpoints_take_less(vgg):
     style = torch.zeros(1, 3, 16, 16)
-    small, large = (nst.bytes_needed((side, side), style, vgg, False) for side in (1024, 2048))
+    small, large = (bytes_needed((side, side), style, vgg, False) for side in (1024, 2048))
     assert large / small == pytest.approx(4, rel=0.05)
-    assert nst.bytes_needed((2048, 2048), style, vgg, True) < 500 * 2056**2
+    assert bytes_needed((2048, 2048), style, vgg, True) < 500 * 2056**2
     half = nst.VGG19Features(weights="bundled", dtype=torch.bfloat16)
-    assert nst.bytes_needed((512, 512), style, half, False) < 0.7 * nst.bytes_needed((512, 512), style, vgg, False)
+    assert bytes_needed((512, 512), style, half, False) < 0.7 * bytes_needed((512, 512), style, vgg, False)
 
 
 def test_a_painting_larger_than_the_photo_counts_at_the_size_it_is_shrunk_to(vgg):
     strip, square = torch.zeros(1, 3, 16, 900), torch.zeros(1, 3, 900, 900)
-    tall = nst.bytes_needed((16, 300), square, vgg, False)
+    tall = bytes_needed((16, 300), square, vgg, False)
     assert tall == pytest.approx(nst.PLAIN_BYTES * 300 * 300 / 2)
-    assert nst.bytes_needed((16, 300), strip, vgg, False) < tall / 5
+    assert bytes_needed((16, 300), strip, vgg, False) < tall / 5
 
 
 @pytest.mark.parametrize(("free", "expected"), [(100 * GB, False), (0.5 * GB, True)])
 def test_checkpoints_come_where_memory_is_short_or_they_are_asked_for(monkeypatch, vgg, free, expected):
     monkeypatch.setattr(nst, "free_memory", lambda device: free)
     style = torch.zeros(1, 3, 16, 16)
-    assert nst.needs_checkpoint((512, 512), style, CONFIG, vgg) is expected
+    assert nst.plan_memory((512, 512), [style], CONFIG, vgg)[0] is expected
     for asked in (True, False):
-        assert nst.needs_checkpoint((512, 512), style, replace(CONFIG, checkpoint=asked), vgg) is asked
+        assert nst.plan_memory((512, 512), [style], replace(CONFIG, checkpoint=asked), vgg)[0] is asked
 
 
 def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(monkeypatch, vgg, pictures):
@@ -199,7 +203,7 @@ def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(monkeypat
     assert 300 < fitting < 3000
     for side, fits in ((fitting, True), (fitting + 2, False)):
         size = round(side * 2 / 3), side
-        assert (nst.bytes_needed(size, pictures["starry_night"], vgg, True) <= 0.3 * GB) is fits
+        assert (bytes_needed(size, pictures["starry_night"], vgg, True) <= 0.3 * GB) is fits
 
 
 def test_without_checkpoints_what_fits_only_with_them_is_refused_too(monkeypatch, vgg, pictures):
@@ -229,7 +233,7 @@ def test_the_estimate_adds_up_the_scales(monkeypatch, vgg, pictures):
     expected = sum((s.steps + 1) * (0.01 + 1e-6 * (s.size[0] + 8) * (s.size[1] + 8)) for s in plan)
     told = nst.estimate(content, pictures["starry_night"], config, vgg)
     assert told.seconds == pytest.approx(expected, rel=1e-3)
-    assert told.memory == nst.bytes_needed((300, 400), pictures["starry_night"], vgg, False)
+    assert told.memory == bytes_needed((300, 400), pictures["starry_night"], vgg, False)
     assert str(nst.Estimate(26.4, 0.44e9, 8e9)) == ("About 26 seconds, and 0.4 of the 8.0 GB of memory that are free.")
     lean = nst.estimate(content, pictures["starry_night"], replace(config, checkpoint=True), vgg)
     assert lean.seconds > told.seconds and lean.memory < told.memory
