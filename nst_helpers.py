@@ -551,7 +551,8 @@ def calculate_style_loss(generated: Features, style_grams, layer_weights=None, g
 def total_variation_loss(image: Tensor) -> Tensor:
     """The mean squared difference of pixels side by side plus that of pixels above each other.
     Departure: the paper has no such term; it keeps smooth areas smooth."""
-    return image.diff(dim=3).square().mean() + image.diff(dim=2).square().mean()
+    across, down = image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
+    return across.square().mean() + down.square().mean()
 
 
 def calculate_losses(image: Tensor, features, content_features, style_grams, config, *regions) -> Features:
@@ -629,8 +630,7 @@ def _check_regions(size: Sequence[int], config: StyleTransferConfig) -> None:
         if abs(mask.shape[3] * size[0] / (mask.shape[2] * size[1]) - 1) > ASPECT_TOLERANCE:
             shapes = f"{mask.shape[3]} x {mask.shape[2]} pixels is stretched to the photo's {size[1]} x {size[0]}"
             warnings.warn(f"A mask of {shapes}, which is another shape.", stacklevel=3)
-    deepest = max(config.style_layers)
-    side = STRIDES[deepest]
+    side = STRIDES[deepest := max(config.style_layers)]
     allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
     for i, mask in enumerate(config.masks):
         whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
@@ -701,8 +701,7 @@ def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) 
     regions = REGION_BYTES * len(config.masks) * pixels
     plain = share * (PLAIN_BYTES * pixels + regions)
     lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1]) + regions)
-    is_short = plain > PLAIN_SHARE * free_memory(network.device)
-    checkpoint = is_short if config.checkpoint == "auto" else config.checkpoint
+    checkpoint = plain > PLAIN_SHARE * free_memory(network.device) if config.checkpoint == "auto" else config.checkpoint
     return checkpoint, lean if checkpoint else plain
 
 
@@ -750,6 +749,7 @@ COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
 STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20
 ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
 LBFGS_HISTORY = 20  # steps, of 24 bytes a pixel each
+LONGEST_STEP = 1.5  # in the mean of the pixels, in learning rates
 FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
 # Departure: a margin, first the picture's mirror image, is painted too and cut off: it would become a frame.
 MARGIN = 4  # pixels on each side
@@ -782,9 +782,9 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     _require(network.pooling == config.pooling, "network", pooling, network.pooling)
     count, each = len(styles), f"one for each of {len(styles)} styles"
     blend = [1.0] * count if config.style_blend == "equal" else config.style_blend
-    _require(len(blend) == count > 0, "style_blend", each, config.style_blend)
+    _require(len(blend) == count > 0, "style_blend", each, blend)
     _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
-    config = replace(config, style_blend=blend)
+    config = replace(config, style_blend=[weight / sum(blend) for weight in blend])
     _check_regions(content.shape[2:], config)
     _check_memory(content.shape[2:], styles, config, network)
     has, wanted = min(max(image.shape) for image in styles), round(config.style_scale * max(content.shape))
@@ -885,10 +885,12 @@ def _paint(start: Tensor, content: Tensor, styles, scale: Scale, config, network
 
     average = torch.zeros_like(image)
     for step in range(1, scale.steps + 1):
+        before = image.detach().clone()
         optimizer.step(closure)
         schedule.step()
         with torch.no_grad():
-            image.clamp_(0, 1)
+            share = LONGEST_STEP * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
+            image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(0, 1)
             average.lerp_(image, 1 - AVERAGE_DECAY)
             inside = average[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
             unbiased = inside / (1 - AVERAGE_DECAY**step)  # as Adam corrects its own averages
@@ -921,8 +923,6 @@ def shrink_to(image: Tensor, long_side: int) -> Tensor:
 
 
 # Looking ------------------------------------------------------------------------------------------
-
-
 def show_images(images: Features, columns: int | None = None) -> None:
     """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` in rows of ``columns``; maps share their colours."""
     columns = columns or len(images)
@@ -994,6 +994,4 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
 def offer_download(path: str | os.PathLike) -> None:
     """In Colab, have the browser download the file; elsewhere it already lies where it is needed."""
     with contextlib.suppress(ImportError):
-        from google.colab import files
-
-        files.download(os.fspath(path))
+        importlib.import_module("google.colab.files").download(os.fspath(path))
