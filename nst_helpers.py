@@ -602,10 +602,8 @@ def _in_color(image: Tensor, config: StyleTransferConfig) -> Tensor:
 
 def _compose(image: Tensor, photo: Tensor, config: StyleTransferConfig) -> Tensor:
     """The picture to be seen: a luminance with the photo's chroma, and the photo where ``keep`` is white."""
-    if config.color == "luminance":
-        # The same change for all channels, as far as none leaves [0, 1], so that the chroma is the photo's.
-        change = (image - _in_color(photo, config)).clamp(-photo.amin(1, keepdim=True), 1 - photo.amax(1, keepdim=True))
-        image = (photo + change).clamp(0, 1)
+    if config.color == "luminance":  # the same change for all channels leaves the chroma as it is
+        image = (photo + image - _in_color(photo, config)).clamp(0, 1)
     return image if config.keep is None else image.lerp(photo, _fit_mask(config.keep, photo.shape[2:]).to(photo))
 
 
@@ -645,7 +643,7 @@ def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 # Time and memory ----------------------------------------------------------------------------------
 # Bytes at a run's peak, measured in float32: for a pixel; with checkpoints, for one kept and one of the current strip.
 PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES, HALF_PRECISION_SHARE = 2500, 330, 1700, 0.6
-REGION_BYTES = 500  # more for each region, whose guided features are kept too
+REGION_BYTES, LBFGS_BYTES = 1200, 800  # more for each region, for its guided features, and for L-BFGS's memory
 CHECKPOINT_TIME = 2.2  # times what a step takes without
 PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
 CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
@@ -698,9 +696,9 @@ def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) 
     of_styles = [style[0, 0].numel() * min(1, long_side / max(style.shape)) ** 2 / 2 for style in styles]
     pixels = max(_painted_pixels(size), *of_styles)
     share = 1 if network.dtype == torch.float32 else HALF_PRECISION_SHARE
-    regions = REGION_BYTES * len(config.masks) * pixels
-    plain = share * (PLAIN_BYTES * pixels + regions)
-    lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1]) + regions)
+    more = pixels * (share * REGION_BYTES * len(config.masks) + LBFGS_BYTES * (config.optimizer == "lbfgs"))
+    plain = share * PLAIN_BYTES * pixels + more
+    lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1])) + more
     checkpoint = plain > PLAIN_SHARE * free_memory(network.device) if config.checkpoint == "auto" else config.checkpoint
     return checkpoint, lean if checkpoint else plain
 
@@ -748,7 +746,7 @@ COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
 # Of num_steps: for the finest scale, the next, ...; more get the last; the coarsest, which finds the shapes, its own.
 STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20
 ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
-LBFGS_HISTORY = 20  # steps, of 24 bytes a pixel each
+LBFGS_HISTORY = 20  # steps that L-BFGS remembers
 LONGEST_STEP = 1.5  # in the mean of the pixels, in learning rates
 FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
 # Departure: a margin, first the picture's mirror image, is painted too and cut off: it would become a frame.
@@ -816,9 +814,12 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network) 
             # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
             detail = target - resize(resize(target, image.shape[2:]), scale.size)
             start = (start + detail).clamp(0, 1)
+        limits = 0, 1
+        if config.color == "luminance":  # so that with the photo's chroma no channel leaves [0, 1]
+            limits = [_add_margin(target - x) for x in (photo.amin(1, keepdim=True), photo.amax(1, keepdim=True) - 1)]
         try:
             with _allocator(keep=not scale.checkpoint):
-                for image, losses in _paint(start, target, styles, scale, config, network):
+                for image, losses in _paint(start, target, styles, limits, scale, config, network):
                     done += 1
                     yield Step(done, _compose(image, photo, config), losses)
             continue
@@ -859,7 +860,7 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
     return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
-def _paint(start: Tensor, content: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
+def _paint(start: Tensor, content, styles, limits, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
     """Change the pixels at one size; yields the averaged picture and the losses of each step."""
     layers = {*config.content_layers, *config.style_layers}
     regions = find_regions(scale.size, config, network.device)
@@ -890,7 +891,7 @@ def _paint(start: Tensor, content: Tensor, styles, scale: Scale, config, network
         schedule.step()
         with torch.no_grad():
             share = LONGEST_STEP * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
-            image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(0, 1)
+            image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(*limits)
             average.lerp_(image, 1 - AVERAGE_DECAY)
             inside = average[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
             unbiased = inside / (1 - AVERAGE_DECAY**step)  # as Adam corrects its own averages
@@ -928,14 +929,14 @@ def show_images(images: Features, columns: int | None = None) -> None:
     columns = columns or len(images)
     rows, ratios = math.ceil(len(images) / columns), [x.shape[-1] / x.shape[-2] for x in images.values()][:columns]
     options = {"width_ratios": ratios, "squeeze": False, "layout": "constrained"}
-    _, axes = plt.subplots(rows, columns, figsize=(12, rows * (12 / sum(ratios) + 0.3)), **options)
+    _, axes = plt.subplots(rows, columns, figsize=(9, rows * (9 / sum(ratios) + 0.3)), **options)
     scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
     for ax, (title, image) in zip(axes.flat, images.items(), strict=True):
         if image.dim() == 4:
-            ax.imshow(to_pil(image))
+            ax.imshow(to_pil(image), interpolation="lanczos")
         else:
             ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
-        ax.set_title(title, fontsize="medium" if columns < 5 else "x-small")
+        ax.set_title(title, fontsize="medium" if columns * max(map(len, images)) < 90 else "x-small")
         ax.axis("off")
 
 

@@ -17,8 +17,8 @@ PAIRS = [(photo, painting) for photo in ("china", "chelsea") for painting in ("s
 
 def paint(content, style, vgg, **settings):
     for step in nst.stylize(content, style, replace(CONFIG, **settings), vgg):
-        pass
-    return step.image
+        image = step.image
+    return image
 
 
 def half_mask(size, left: bool) -> torch.Tensor:

@@ -40,10 +40,10 @@ def test_nbval_runs_it_and_its_checked_outputs_are_right(tmp_path):
     run = subprocess.run(command, cwd=project, env={**os.environ, "NST_QUICK": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert f"{len(code)} passed" in run.stdout
-    saved = list((project / "outputs").iterdir())
-    assert len(saved) == 1
-    assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.png", saved[0].name)
-    assert nst.load_image(saved[0]).shape == (1, 3, 64, 96)
+    picture, film = sorted((project / "outputs").iterdir(), key=lambda path: path.suffix)
+    assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.png", picture.name)
+    assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.webp", film.name)
+    assert nst.load_image(picture).shape == nst.load_image(film).shape == (1, 3, 64, 96)
 
 
 @pytest.fixture
@@ -162,7 +162,9 @@ def test_its_cells_are_short_plain_and_explained():
         assert len(lines) <= 12, source
         assert not re.search(r"^\s*(def |class |%|!)", source, re.MULTILINE), source
     for cell, following in pairwise(cells):
-        drawn = cell["cell_type"] == "code" and "nst.show_" in "".join(cell["source"])
+        drawn = cell["cell_type"] == "code" and re.search(
+            r"nst\.(show_|sweep|plot)|display\(Image", "".join(cell["source"])
+        )
         assert not drawn or following["cell_type"] == "markdown", "a figure without a sentence after it"
 
 
@@ -171,6 +173,23 @@ def test_the_readme_lists_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
     config = nst.StyleTransferConfig()
     assert rows == {name: repr(getattr(config, name)) for name in config.__dataclass_fields__}
+
+
+def test_every_setting_that_can_be_seen_has_its_strip_of_pictures():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \|.*\(images/settings/(\w+)\.jpg\) \|$", readme, re.MULTILINE)
+    assert {*nst.StyleTransferConfig.__dataclass_fields__} - {name for name, _ in shown} == {"weights", "device"}
+    for name, file in shown:
+        assert name == file
+        assert nst.load_image(ROOT / "images" / "settings" / f"{file}.jpg").std() > 0.1
+
+
+def test_every_control_has_its_cell():
+    controls = "color style_blend masks keep style_scale init optimizer pooling content_layers".split()
+    for control in controls:
+        assert any(re.search(rf"\b{control}=", source) for source in sources), control
+    for call in ("nst.save_timelapse(", "nst.sweep(", ".putalpha("):
+        assert any(call in source for source in sources), call
 
 
 # Looking ----------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Paint the README's pictures of the settings: ``python tests/pictures_of_settings.py [NAME ...]``.
+
+One strip a setting, low, default, high, at 256 pixels, the photo and the painting always the same; with the names of
+some settings, only their strips. It takes some ten minutes on two cores.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import nst_helpers as nst  # noqa: E402
+
+CONFIG = nst.StyleTransferConfig(weights="bundled", precision="float32", max_size=256)
+FOLDER = ROOT / "images" / "settings"
+TILE = (150, 100)
+NOISY = replace(CONFIG, noise=0.3)
+
+
+def load(name: str, size: int = 256) -> torch.Tensor:
+    return nst.load_image(ROOT / "images" / name, size, upscale=True)
+
+
+def ramp() -> torch.Tensor:
+    """Black on the left, white on the right, softly."""
+    photo = load("china.jpg")
+    return torch.linspace(-2, 3, photo.shape[3]).clamp(0, 1).expand_as(photo)
+
+
+def choices() -> dict[str, dict[str, nst.StyleTransferConfig]]:
+    """{setting: {label: config}}."""
+
+    def values(name: str, *options, base=CONFIG) -> dict[str, nst.StyleTransferConfig]:
+        return {str(option): replace(base, **{name: option}) for option in options}
+
+    deep, shallow, late = ("relu3_1", "relu4_1", "relu5_1"), ("relu1_1", "relu2_1"), (1, 1, 1, 4, 8)
+    layers = {
+        "relu1_1, relu2_1": replace(CONFIG, style_layers=shallow, style_layer_weights=(1, 1)),
+        "all five": CONFIG,
+        "relu3_1 to relu5_1": replace(CONFIG, style_layers=deep, style_layer_weights=(4, 2, 1)),
+    }
+    return {
+        "max_size": values("max_size", 128, 512, 1024),
+        "num_steps": values("num_steps", 20, 75, 300),
+        "scales": values("scales", 1, 2, "auto"),
+        "content_weight": values("content_weight", 0, 2.5, 25),
+        "style_weight": values("style_weight", 3, 30, 300),
+        "tv_weight": values("tv_weight", 0, 2, 2000),
+        "color": values("color", "style", "content", "luminance"),
+        "style_scale": values("style_scale", 0.5, 1, 2),
+        "style_blend": values("style_blend", (1, 0), "equal", (0, 1)),
+        "masks": {"none": CONFIG, "left, right": replace(CONFIG, masks=(1 - ramp(), ramp()))},
+        "keep": {"None": CONFIG, "left": replace(CONFIG, keep=1 - ramp())},
+        "init": values("init", "content", "noise", "style"),
+        "optimizer": values("optimizer", "adam", "lbfgs"),
+        "learning_rate": values("learning_rate", 0.002, 0.02, 0.2),
+        "content_layers": {name: replace(CONFIG, content_layers=(name,)) for name in ("relu2_2", "relu4_2", "relu5_2")},
+        "style_layers": layers,
+        "style_layer_weights": values("style_layer_weights", (1, 0, 0, 0, 0), CONFIG.style_layer_weights, late),
+        "pooling": values("pooling", "max", "average"),
+        "precision": values("precision", "float32", "bfloat16", "float16"),
+        "checkpoint": values("checkpoint", False, True),
+        "noise": values("noise", 0.0, 0.3, 1.0),
+        "seed": values("seed", 0, 1, 2, base=NOISY),
+    }
+
+
+def paint(name: str, config: nst.StyleTransferConfig) -> Image.Image:
+    styles = [load("starry_night.jpg", max(512, config.max_size))]
+    if name in ("style_blend", "masks"):
+        styles.append(load("stained_glass.jpg"))
+    config = config if len(styles) > 1 or config.style_blend == "equal" else replace(config, style_blend="equal")
+    for step in nst.stylize(load("china.jpg", config.max_size), styles, config):
+        image = step.image
+    return nst.to_pil(image)
+
+
+def strip(pictures: dict[str, Image.Image]) -> Image.Image:
+    width, height = TILE
+    sheet = Image.new("RGB", (len(pictures) * (width + 4) - 4, height + 16), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, (label, picture) in enumerate(pictures.items()):
+        sheet.paste(picture.resize(TILE, Image.Resampling.LANCZOS), (i * (width + 4), 0))
+        draw.text((i * (width + 4) + width // 2, height + 8), label, "black", font, "mm")
+    return sheet
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    painted = {}  # the default is in most of the strips
+    for name, configs in choices().items():
+        if name in (sys.argv[1:] or [name]):
+            pictures = {}
+            for label, config in configs.items():
+                is_default = config == CONFIG and name not in ("style_blend", "masks")
+                pictures[label] = painted["default"] if is_default and painted else paint(name, config)
+                if is_default:
+                    painted["default"] = pictures[label]
+            strip(pictures).save(FOLDER / f"{name}.jpg", quality=85)
+            print(name, flush=True)
