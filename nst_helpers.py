@@ -666,7 +666,6 @@ def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, networ
     """What ``stylize`` will take here, to be printed, from a few steps at two small sizes; raises what it would."""
     stylize(content, style, config, network)  # checks without a step
     trial = replace(config, scales=1, num_steps=4, checkpoint=False)
-    styles = [style] if isinstance(style, Tensor) else style
     timed = {}
     for side in CALIBRATION_SIDES[network.device.type]:
         small, ends = shrink_to(content, side), []
@@ -678,7 +677,7 @@ def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, networ
     rate = (slow - quick) / (many - few) if slow > quick else slow / many
     fixed, seconds, memory = max(0.0, slow - rate * many), 0.0, 0.0
     for scale in plan_scales(content.shape[2:], config):
-        checkpoint, needed = plan_memory(scale.size, styles, config, network)
+        checkpoint, needed = plan_memory(scale.size, [style] if isinstance(style, Tensor) else style, config, network)
         # To look at the photo and the painting takes about as long as one more step.
         plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))
         seconds += plain * CHECKPOINT_TIME if checkpoint else plain
@@ -995,4 +994,6 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
 def offer_download(path: str | os.PathLike) -> None:
     """In Colab, have the browser download the file; elsewhere it already lies where it is needed."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("google.colab.files").download(os.fspath(path))
+        from google.colab import files
+
+        files.download(os.fspath(path))

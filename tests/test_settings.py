@@ -35,6 +35,15 @@ NAN = math.nan
         ("style_layer_weights", 3, "5 numbers"),
         ("content_layers", None, "tuple"),
         ("pooling", "median", "'max' or 'average'"),
+        ("color", "sepia", "'style', 'content' or 'luminance'"),
+        ("optimizer", "sgd", "'adam' or 'lbfgs'"),
+        ("init", "photo", "or a picture"),
+        ("style_scale", 0, "above 0"),
+        ("style_blend", (0, 0), "not all 0"),
+        ("style_blend", (1, -1), "at least 0"),
+        ("style_blend", 1, "'equal'"),
+        ("masks", "mask.png", "a tuple of pictures"),
+        ("keep", "mask.png", "a picture"),
         ("weights", None, "a path"),
         ("precision", "float8", "'bfloat16'"),
         ("precision", [], "'bfloat16'"),
@@ -49,6 +58,15 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value, 
     message = str(error.value)
     assert message.startswith(name) and repr(value) in message and allowed in message
     assert message.count("\n") == 0 and message.endswith(".")
+
+
+@pytest.mark.parametrize("picture", [torch.rand(3, 40, 40), torch.rand(1, 1, 40, 40), torch.full((1, 3, 40, 40), 2.0)])
+def test_a_picture_among_the_settings_is_checked_when_it_is_set(picture):
+    for settings in ({"masks": (picture,)}, {"keep": picture}, {"init": picture}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(settings))} must be .*\(1, 3, H, W\)|from 0 to 1"):
+            nst.StyleTransferConfig(**settings)
+    with pytest.raises(ValueError, match="masks must be a picture"):
+        nst.StyleTransferConfig(masks=("mask.png",))
 
 
 def test_a_misspelt_setting_raises_and_a_made_one_cannot_change():
