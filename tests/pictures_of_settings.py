@@ -73,7 +73,6 @@ def paint(name: str, config: nst.StyleTransferConfig) -> Image.Image:
     styles = [load("starry_night.jpg", max(512, config.max_size))]
     if name in ("style_blend", "masks"):
         styles.append(load("stained_glass.jpg"))
-    config = config if len(styles) > 1 or config.style_blend == "equal" else replace(config, style_blend="equal")
     for step in nst.stylize(load("china.jpg", config.max_size), styles, config):
         image = step.image
     return nst.to_pil(image)
