@@ -625,9 +625,9 @@ def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch
 def _check_regions(size: Sequence[int], config: StyleTransferConfig) -> None:
     """Warn of masks of another shape than the photo's, refuse those of which the deepest layer would see nothing."""
     for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
-        if abs(mask.shape[3] * size[0] / (mask.shape[2] * size[1]) - 1) > ASPECT_TOLERANCE:
-            shapes = f"{mask.shape[3]} x {mask.shape[2]} pixels is stretched to the photo's {size[1]} x {size[0]}"
-            warnings.warn(f"A mask of {shapes}, which is another shape.", stacklevel=3)
+        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
+        if abs(width * size[0] / (height * size[1]) - 1) > ASPECT_TOLERANCE:
+            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=3)
     side = STRIDES[deepest := max(config.style_layers)]
     allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
     for i, mask in enumerate(config.masks):
@@ -852,9 +852,8 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
             break
         sizes.append(smaller)
     shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * len(sizes)][: len(sizes) - 1], COARSEST_SHARE]
-    # Rounding the running sum up makes the steps add up to num_steps and gives the finest at least 1.
     ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
-    steps = [end - start for start, end in itertools.pairwise(ends)]
+    steps = [end - start for start, end in itertools.pairwise(ends)]  # rounded so that the finest has at least 1
     rates = [config.learning_rate * (1 + RATE_GROWTH * i) for i in range(len(sizes))]  # what is large takes large steps
     return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
@@ -946,7 +945,8 @@ def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=N
     _require(len(values) in (1, 2), "sweep", "given one or two settings", list(values))
     runs = {}
     for row in itertools.product(*([(name, value) for value in values[name]] for name in values)):
-        tried, label = replace(config, **dict(row)), ", ".join(f"{name} = {value}" for name, value in row)
+        tried = replace(config, **dict(row))
+        label = ", ".join(f"{name} = {value if len(str(value)) < 80 else len(runs) + 1}" for name, value in row)
         runs[label] = stylize(shrink_to(content, tried.max_size), style, tried, network)
     for label, steps in runs.items():
         for step in steps:

@@ -390,6 +390,15 @@ def test_a_sweep_of_sizes_and_of_networks_does_what_it_says(vgg, pictures):
     plt.close("all")
 
 
+def test_pictures_among_the_values_of_a_sweep_are_called_by_a_number(vgg, pictures):
+    photo = pictures["china"]
+    sheet = nst.sweep(
+        photo, pictures["starry_night"], replace(CONFIG, num_steps=1), vgg, init=("content", photo, photo)
+    )
+    assert list(sheet) == ["init = content", "init = 2", "init = 3"]
+    plt.close("all")
+
+
 def test_a_bad_value_in_a_sweep_is_said_before_the_first_run(monkeypatch, vgg, pictures):
     monkeypatch.setattr(nst, "_paint", None)  # no run may start
     for values, message in (
