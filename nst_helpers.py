@@ -89,7 +89,7 @@ class StyleTransferConfig:
     keep: Tensor | None = None  # a picture of any size, white where the photo stays as it is
     init: str | Tensor = "content"  # the start: "content", "noise", "style", or a picture to go on from
     optimizer: str = "adam"  # "adam", or the paper's "lbfgs"
-    learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size; L-BFGS: its first
+    learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size; L-BFGS: its first and longest
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
     style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # Departure: equal ones bury the photo

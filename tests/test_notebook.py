@@ -185,8 +185,8 @@ def test_every_setting_that_can_be_seen_has_its_strip_of_pictures():
 
 
 def test_every_control_has_its_cell():
-    controls = "color style_blend masks keep style_scale init optimizer pooling content_layers".split()
-    for control in controls:
+    names = "color style_blend masks keep style_scale init optimizer pooling content_layers style_layer_weights"
+    for control in names.split():
         assert any(re.search(rf"\b{control}=", source) for source in sources), control
     for call in ("nst.save_timelapse(", "nst.sweep(", ".putalpha("):
         assert any(call in source for source in sources), call
