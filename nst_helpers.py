@@ -2,28 +2,30 @@
 
 The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016):
 a frozen network describes pictures, two losses compare descriptions, and Adam changes the pixels of one picture until
-both are low. Colours and regions are controlled as in Gatys et al., "Controlling Perceptual Factors in Neural Style
-Transfer" (CVPR 2017). Read on in the order of the work. Every picture at a public boundary is an RGB float32 tensor
-(1, 3, H, W) with values in [0, 1]. Each departure from the papers stands at its line, marked "Departure"."""
+both are low. Colours and regions: Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017).
+Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1]. Each departure from the
+papers stands at its line, marked "Departure"."""
 
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import io
 import itertools
+import json
 import math
 import os
 import re
 import sys
-import tempfile
 import time
 import timeit
 import urllib.request
+import uuid
 import warnings
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -52,7 +55,7 @@ VGG19_MODULES = " ".join(
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-POOLINGS, DIFFERENT_LAYERS = "'max' or 'average'", f"a tuple of different layers out of {', '.join(LAYERS)}"
+DIFFERENT_LAYERS = f"a tuple of different layers out of {', '.join(LAYERS)}"
 SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the last size that relu5_1 can see
 
 
@@ -62,12 +65,20 @@ def _require(is_met: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
 
 
+def _is_one_of(*options: str) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and value in options
+
+
 def _is_number(value: object, low: int = 0, kind=(int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value < 2**63  # what torch can hold
 
 
-def _are_weights(value: object) -> bool:
-    return isinstance(value, (tuple, list)) and all(map(_is_number, value)) and sum(value) > 0
+def _are(is_met: Callable[[Any], bool], values: object) -> bool:
+    return isinstance(values, (tuple, list)) and all(map(is_met, values))
+
+
+def _are_layers(values: object) -> bool:
+    return _are(LAYERS.__contains__, values) and len({*values}) == len(values) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,29 +117,35 @@ class StyleTransferConfig:
             for name in names.split():
                 _require(is_met(getattr(self, name)), name, allowed, getattr(self, name))
 
+        def are_ratios(values: Any) -> bool:
+            return _are(_is_number, values) and sum(values) > 0
+
         for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
             check(name, f"a whole number of at least {low}", lambda x, low=low: _is_number(x, low, int))
         check("content_weight style_weight tv_weight noise", "a number of at least 0", _is_number)
         check("learning_rate style_scale", "a number above 0", lambda x: _is_number(x) and x > 0)
-        check("scales", "'auto' or a whole number of at least 1", lambda x: x == "auto" or _is_number(x, 1, int))
+        auto = _is_one_of("auto")
+        check("scales", "'auto' or a whole number of at least 1", lambda x: auto(x) or _is_number(x, 1, int))
         check("weights", "'auto', 'torchvision', 'bundled' or a path", lambda x: isinstance(x, (str, os.PathLike)))
-        check("checkpoint", "'auto', True or False", lambda x: x == "auto" or isinstance(x, bool))
-        check("color", "'style', 'content' or 'luminance'", lambda x: x in ("style", "content", "luminance"))
-        check("optimizer", "'adam' or 'lbfgs'", lambda x: x in ("adam", "lbfgs"))
-        starts = "content", "noise", "style"
-        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor) or x in starts)
+        check("checkpoint", "'auto', True or False", lambda x: auto(x) or isinstance(x, bool))
+        check("color", "'style', 'content' or 'luminance'", _is_one_of("style", "content", "luminance"))
+        check("optimizer", "'adam' or 'lbfgs'", _is_one_of("adam", "lbfgs"))
+        starts = _is_one_of("content", "noise", "style")
+        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor) or starts(x))
         check("keep", "None or a picture", lambda x: x is None or isinstance(x, Tensor))
         check("masks", "a tuple of pictures", lambda x: isinstance(x, (tuple, list)))
-        check("pooling", POOLINGS, lambda x: x in ("max", "average"))
+        check("pooling", "'max' or 'average'", _is_one_of("max", "average"))
         check("content_layers style_layers", DIFFERENT_LAYERS, _are_layers)
         allowed, count = "numbers of at least 0, one a style", len(self.style_layers)
-        check("style_blend", f"'equal' or {allowed}, not all 0", lambda x: x == "equal" or _are_weights(x))
+        check("style_blend", f"'equal' or {allowed}, not all 0", lambda x: _is_one_of("equal")(x) or are_ratios(x))
         allowed = f"{count} {allowed} layer, not all 0"
-        check("style_layer_weights", allowed, lambda x: _are_weights(x) and len(x) == count)
+        check("style_layer_weights", allowed, lambda x: are_ratios(x) and len(x) == count)
         for name, picture in [("masks", mask) for mask in self.masks] + [("keep", self.keep), ("init", self.init)]:
             if name == "masks" or isinstance(picture, Tensor):
                 check_image(name, picture)
         pick_precision(self.precision, pick_device(self.device))
+        weights = self.content_weight, self.style_weight
+        _require(sum(weights) > 0, "content_weight and style_weight", "above 0, at least one of them", weights)
 
 
 def check_image(name: str, image: Tensor) -> None:
@@ -138,10 +155,6 @@ def check_image(name: str, image: Tensor) -> None:
     _require(is_met, name, f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}", shape)
     is_met = image.is_floating_point() and bool((image >= 0).all() and (image <= 1).all())
     _require(is_met, name, "floating-point numbers from 0 to 1", f"{image.dtype} from {image.min()} to {image.max()}")
-
-
-def _are_layers(value: object) -> bool:
-    return isinstance(value, (tuple, list)) and {*value} <= {*LAYERS} and len({*value}) == len(value) > 0
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -160,7 +173,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     has_bfloat16 = device.type == "cpu" or capability >= (8, 0)
     able = ["auto", "float32", "float16", *["bfloat16"] * has_bfloat16]
-    _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
+    _require(_is_one_of(*able)(name), "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
     if name == "auto" and device.type == "cpu":
         name = "bfloat16" if _bfloat16_pays() else "float32"
     elif name == "auto":
@@ -180,7 +193,11 @@ def _bfloat16_pays() -> bool:
 
 
 # Pictures in and out ------------------------------------------------------------------------------
+NAMED_WEIGHTS = ("torchvision", "bundled")
+RECORD_KEY, RECORD_VERSION, RECORD_LIMIT = "style_transfer", 1, 2**16  # a PNG's text, its format, characters at most
+AUTOSAVE_SECONDS = 20
 Source = str | os.PathLike | bytes | Image.Image
+FORMATS = "JPEG MPO PNG WEBP GIF TIFF BMP AVIF HEIF".split()  # Pillow knows more, such as EPS, which runs programs
 
 # What turns a picture upright, by EXIF orientation: ImageOps.exif_transpose stumbles over odd tags in sound photos.
 TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
@@ -189,14 +206,13 @@ TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(T
 
 def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
-    ``source`` is a path, the bytes of a picture file, or a PIL picture. It is turned upright (EXIF), laid on white
-    where it is transparent, and resized with Lanczos so that its long side is ``max_size`` pixels; a smaller picture
-    keeps its size unless ``upscale`` is true, a very long strip keeps 16 pixels on its short side. Raises
-    ``FileNotFoundError`` for a missing file, ``ValueError`` for what is no whole picture, has fewer than 16 pixels a
-    side, or more than Pillow's limit of 89 million."""
-    is_met = _is_number(max_size, SMALLEST_SIDE, int)
-    _require(is_met, "max_size", f"a whole number of at least {SMALLEST_SIDE}", max_size)
-    device, (picture, name) = pick_device(device), _open_picture(source)
+    ``source`` is a path, the bytes of a picture file, or a PIL picture. Of an animation it is the first frame, turned
+    upright (EXIF), in sRGB (ICC), laid on white where it is transparent, and resized with Lanczos so that its long side
+    is ``max_size`` pixels; a smaller picture keeps its size unless ``upscale`` is true, a very long strip keeps 16
+    pixels on its short side. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for what is no whole
+    picture, has fewer than 16 pixels a side, or more than Pillow's limit of 89 million."""
+    device = pick_device(StyleTransferConfig(max_size=max_size, device=device).device)
+    picture, name = _open_picture(source)
     allowed = f"a picture of at least {SMALLEST_SIDE} pixels on each side"
     _require(min(picture.size) >= SMALLEST_SIDE, name, allowed, "{} x {}".format(*picture.size))
     if picture.mode == "RGBA":
@@ -204,28 +220,39 @@ def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, 
     scale = max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size))
     if scale < 1 or upscale:
         picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-    return (pil_to_tensor(picture).float() / 255)[None].to(device)
+    image = (pil_to_tensor(picture).float() / 255)[None].to(device)
+    image.source_sha256 = _sha256(source)  # what is painted from it shall remember it
+    return image
+
+
+def _sha256(source: Source | Tensor) -> str:
+    """Of a file, or of the pixels of a picture."""
+    data = Path(source).expanduser().read_bytes() if isinstance(source, (str, os.PathLike)) else source
+    data = data.float().cpu().numpy() if isinstance(data, Tensor) else data
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
 
 
 def _open_picture(source: Source) -> tuple[Image.Image, str]:
     """The whole picture, upright, in RGB or RGBA, and the name that an error calls it by."""
-    name = "the picture" if isinstance(source, Image.Image) else "the uploaded picture"
-    if isinstance(source, (str, os.PathLike)):
-        source = Path(source).expanduser()
-        name = f"'{source}'"
-        if not os.path.exists(source):  # unlike source.exists(), also false for a name that is too long
-            raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-        if source.is_dir():
+    file, name, _ = source, "the picture", Image.init()
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]
+    if isinstance(source, bytes):
+        file, name = io.BytesIO(source), "the uploaded picture"
+    elif not isinstance(source, Image.Image):
+        file = Path(source).expanduser()
+        name = f"'{file}'"
+        if os.path.isdir(file):
             raise ValueError(f"{name} is a folder, but a picture file is needed.")
+        if not os.path.isfile(file):  # unlike file.is_file(), also false for a name that is too long
+            raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
     try:
         with warnings.catch_warnings():
             # Pillow warns at its decompression-bomb limit and refuses at twice that: refuse at both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            picture = file if isinstance(file, Image.Image) else Image.open(file)
+            picture = file if isinstance(file, Image.Image) else Image.open(file, formats=formats)
             picture.load()
             turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-            return _to_rgb(picture if turn is None else picture.transpose(turn)), name
+            return _to_rgb(picture if turn is None else picture.transpose(turn), name), name
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
@@ -233,17 +260,17 @@ def _open_picture(source: Source) -> tuple[Image.Image, str]:
         if isinstance(error, PermissionError):
             told = f"cannot be read: {error.strerror}"
         if isinstance(error, UnidentifiedImageError):
-            told = "is not a picture in any format that Pillow reads"
+            told = f"is not a picture in a format that is read here ({', '.join(formats)})"
         if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             told = f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow deems safe"
         raise ValueError(f"{name} {told}.") from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, or RGBA where there is transparency: more than 8 bits are scaled to 8."""
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Any Pillow mode to RGB, or RGBA where there is transparency, in sRGB; more than 8 bits are scaled to 8."""
+    srgb, icc = ImageCms.createProfile("sRGB"), picture.info.get("icc_profile")
     if picture.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB")
+        return ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
     if picture.mode == "La":  # grey times alpha: Pillow turns it into nothing but LA
         picture = picture.convert("LA")
     if picture.mode == "F" or picture.mode.startswith("I"):
@@ -252,7 +279,18 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
         white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
         picture = wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
-    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if not icc:
+        return rgb
+    try:
+        profile = ImageCms.getOpenProfile(io.BytesIO(icc))
+        is_grey = profile.profile.xcolor_space == "GRAY"
+        plain = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+        colors = ImageCms.profileToProfile(plain, profile, srgb, outputMode="RGB")
+        return Image.merge(rgb.mode, [*colors.split(), *rgb.split()[3:]])  # with its alpha channel
+    except ImageCms.PyCMSError as error:
+        warnings.warn(f"The colour profile of {name} cannot be used, its colours may be off: {error}.", stacklevel=4)
+        return rgb
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -261,25 +299,24 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
-    """Make ``folder`` if need be and prove before a long run that it can be written to, else ``ValueError``."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ValueError(f"The output folder '{folder}' cannot be written to: {error.strerror or error}.") from error
+    """Make ``folder`` if need be and prove before a long run that it can be written to, else ``OSError``."""
+    _save_new(bytes(2**16), folder, "test").unlink()
+    return Path(folder)
 
 
-def save_image(image: Tensor, folder: str | os.PathLike = "outputs", photo: Source | None = None) -> Path:
+def save_image(image: Tensor, folder="outputs", photo: Source | None = None, *, partial: bool = False) -> Path:
     """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``; where that exists, with ``_2``, ``_3``, ... at its end.
-    Where ``photo``, as ``load_image`` takes it, is transparent, the saved picture is so too."""
-    picture, data = to_pil(image), io.BytesIO()
+    A picture that ``stylize`` gave tells in the file how it was made, see ``settings_from_png``; one that is
+    ``partial`` is called ``.partial.png``. Where ``photo``, as ``load_image`` takes it, is transparent, the saved
+    picture is so too. ``OSError`` where it cannot be saved whole: nothing is then left of it in the folder."""
+    picture, data, texts = to_pil(image), io.BytesIO(), PngInfo()
     original = picture if photo is None else _open_picture(photo)[0]
     if original.mode == "RGBA":
         picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
-    picture.save(data, "PNG")
-    return _save_new(data.getvalue(), folder, "png")
+    if hasattr(image, "record"):
+        texts.add_text(RECORD_KEY, json.dumps(image.record))
+    picture.save(data, "PNG", compress_level=1, pnginfo=texts)  # level 6: four times as long, a tenth smaller
+    return _save_new(data.getvalue(), folder, "partial.png" if partial else "png")
 
 
 def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
@@ -291,13 +328,70 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     return _save_new(data.getvalue(), folder, "webp")
 
 
+def autosave(steps: Iterable["Step"], folder: str | os.PathLike = "outputs") -> Iterator["Step"]:
+    """Pass on the steps of ``stylize``, and keep the latest picture, at most 20 seconds old, as a ``.partial.png``.
+    It is removed when the run ends well, so one that is found is of a run that did not."""
+    latest, due = None, 0.0
+    for step in steps:
+        if time.monotonic() >= due:
+            due = time.monotonic() + AUTOSAVE_SECONDS
+            try:
+                older, latest = latest, save_image(step.image, folder, partial=True)
+                if older:
+                    older.unlink(missing_ok=True)
+            except OSError as error:
+                warnings.warn(f"The run goes on without a copy of its picture on disk. {error}", stacklevel=2)
+        yield step
+    if latest:
+        latest.unlink(missing_ok=True)
+
+
 def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
-    folder, stem = prepare_output_folder(folder), time.strftime("stylized_output_%Y%m%d_%H%M%S")
-    for number in itertools.count(1):
-        path = folder / (stem + (f"_{number}" if number > 1 else "") + f".{suffix}")
-        with contextlib.suppress(FileExistsError), path.open("xb") as file:  # "x" fails where the name is taken
+    """Save under a new name, the whole of ``data`` or nothing, even if the power fails."""
+    stem = Path(folder, time.strftime("stylized_output_%Y%m%d_%H%M%S"))
+    draft = Path(f"{stem}_{uuid.uuid4().hex}.tmp")
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("xb") as file:
             file.write(data)
-            return path
+            file.flush()
+            os.fsync(file.fileno())
+        for number in itertools.count(1):
+            path = Path(f"{stem}_{number}.{suffix}" if number > 1 else f"{stem}.{suffix}")
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)  # where two runs end in one second, one gets the name
+                return draft.replace(path)
+    except OSError as error:
+        told = f"The folder '{folder}' cannot be written to ({error.strerror or error})"
+        advice = "what is painted is still in memory, and save_image(image, 'another folder') saves it elsewhere"
+        raise OSError(f"{told}: {advice}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleTransferConfig:
+    """The settings that a PNG of ``save_image``, a path or the file's bytes, was painted with, ``given`` ones replaced.
+    A run with them on the same machine, from the same photo and painting, gives the same picture. Pictures among the
+    settings and weights from a file are in it by their SHA-256 alone, and must be ``given``, as in
+    ``settings_from_png(path, keep=mask)``. ``ValueError`` where they are not, and for any other file."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:  # this reads the texts and no pixel
+            text = picture.info[RECORD_KEY]
+        _require(len(text) <= RECORD_LIMIT, "its record", f"of at most {RECORD_LIMIT} characters", len(text))
+        record = json.loads(text)
+        _require(record["version"] == RECORD_VERSION, "its version", f"{RECORD_VERSION}", record["version"])
+        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record["settings"].items()} | given
+        is_met = (
+            "weights" in given or settings["weights"] in NAMED_WEIGHTS
+        )  # a path that stands in a file is not followed
+        _require(is_met, "weights", f"given, or in the file one of {', '.join(NAMED_WEIGHTS)}", settings["weights"])
+        return StyleTransferConfig(**settings)
+    except Exception as error:  # Pillow, json and Python raise whatever a hostile file makes them stumble over
+        name = "The uploaded picture" if isinstance(source, bytes) else f"'{file}'"
+        told = f"{type(error).__name__}: {str(error).removesuffix('.')}"
+        raise ValueError(f"{name} has no settings that can be read, as a PNG of save_image has ({told}).") from error
 
 
 # The network --------------------------------------------------------------------------------------
@@ -327,10 +421,10 @@ class VGG19Features(nn.Module):
         super().__init__()
         self.layers = tuple(dict.fromkeys(layers))  # a layer may serve content and style
         _require(_are_layers(self.layers), "layers", DIFFERENT_LAYERS, layers)
-        _require(pooling in ("max", "average"), "pooling", POOLINGS, pooling)
+        _require(_is_one_of("max", "average")(pooling), "pooling", "'max' or 'average'", pooling)
         self.pooling, self.network = pooling, _cut_vgg19(self.layers, pooling)
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
-        state, (scale, shift), self.source = load_weights(weights, shapes)
+        state, (scale, shift), self.source, self.sha256 = load_weights(weights, shapes)
         # conv1_1 shall give on x what it gave on scale * x + shift: exactly, with replicate padding.
         weight, bias = state["conv1_1.weight"], state["conv1_1.bias"]
         state["conv1_1.weight"] = weight * torch.tensor(scale).view(1, 3, 1, 1)
@@ -412,43 +506,48 @@ def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
     return network
 
 
-def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str]:
-    """The tensors called ``conv1_1.weight`` ... in ``shapes``, the input they expect, their source."""
-    if weights in ("auto", "torchvision"):
+def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str, str]:
+    """The tensors called ``conv1_1.weight`` ... in ``shapes``, the input they expect, their source and SHA-256."""
+    if weights == "auto":
         try:
-            return _torchvision_state(shapes), TORCHVISION_INPUT, "torchvision"
+            return load_weights("torchvision", shapes)
         except (OSError, ValueError) as error:
-            if weights == "torchvision":
-                raise
             bundled = load_weights("bundled", shapes)
-            warnings.warn(f"The bundled VGG19 is used, so the pixels are not the same: {error}", stacklevel=3)
+            warnings.warn(f"The bundled VGG19 is used, so the pixels are not the same: {error}", stacklevel=4)
             return bundled
     if weights == "bundled":
-        return _read_bundled(shapes), CAFFE_INPUT, "bundled"
-    path = Path(weights).expanduser()
+        return _read_bundled(shapes), CAFFE_INPUT, "bundled", BUNDLED_SHA256
+    is_named = weights == "torchvision"
+    path = _torchvision_file() if is_named else Path(weights).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"weights must be 'auto', 'torchvision', 'bundled' or a file: there is no '{path}'.")
-    return _read_checkpoint(path, shapes), TORCHVISION_INPUT, path.name
+    source = "torchvision" if is_named else path.name
+    return _read_checkpoint(path, shapes), TORCHVISION_INPUT, source, _sha256(path)
 
 
-def _torchvision_state(shapes: Mapping[str, torch.Size]) -> Features:
-    """torchvision's own weights from torch's cache, or by a download into it."""
+def _torchvision_file() -> Path:
+    """torchvision's own weights in torch's cache; what is missing or damaged there is downloaded, once."""
     path, damage = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name), ""
+    checksum = path.stem.split("-")[1]
     if path.is_file():
-        try:
-            return _read_checkpoint(path, shapes)
-        except ValueError as error:
-            path.unlink()  # or every later run would stumble over it
-            damage = f"{error} It was removed from the cache. "
+        if _sha256(path).startswith(checksum):
+            return path
+        damage = (
+            f"'{path.name}' in torch's cache is damaged or another file: its SHA-256 does not begin with {checksum}."
+        )
     try:
         urllib.request.urlopen(TORCHVISION_URL, timeout=PATIENCE).close()  # PyTorch's own download has no limit
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), path.stem.split("-")[1], progress=False)
+        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), checksum, progress=False)  # replaces it when whole
+        told = "It has been downloaded anew."
     except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
-        told = f"{damage}torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
-        advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
-        raise ConnectionError(f"{told}: {advice}.") from error
-    return _read_checkpoint(path, shapes)
+        told = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
+        if not damage:
+            advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
+            raise ConnectionError(f"{told}: {advice}.") from error
+    if damage:
+        warnings.warn(f"{damage} {told}", stacklevel=6)
+    return path
 
 
 def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
@@ -465,10 +564,7 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
-        with path.open("rb") as file:
-            is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-        # The folder, which may be private, stays out of messages that notebooks keep; torch's own run to pages.
-        what = f"'{path.name}' ({'a web page' if is_page else 'a file'} of {path.stat().st_size:,} bytes)"
+        what = f"'{path.name}' ({path.stat().st_size:,} bytes)"  # the folder, which may be private, stays out of it
         why = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""
         advice = "delete it and download it anew, or choose weights='bundled'"
         raise ValueError(f"{what} holds no VGG19 that can be used ({type(error).__name__}{why}): {advice}.") from error
@@ -647,30 +743,20 @@ REGION_BYTES, LBFGS_BYTES = 1200, 800  # more for each region, for its guided fe
 CHECKPOINT_TIME = 2.2  # times what a step takes without
 PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
 CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
-# Options of glibc's mallopt: -4 is M_MMAP_MAX, -3 M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD.
-MALLOC_KEEP, MALLOC_GIVE_BACK = ((-4, 0), (-1, 2**31 - 1)), ((-3, 2**20),)
-MALLOC_USUAL = (-4, 65536), (-3, 2**25), (-1, 2**26)
+MMAP_THRESHOLD, LOW, USUAL = -3, 2**20, 2**25  # an option of glibc's mallopt, in bytes
 
 
-class Estimate(NamedTuple):
-    seconds: float
-    memory: float  # bytes, as is free
-    free: float
-
-    def __str__(self) -> str:
-        free = f"{self.free / 1e9:.1f} GB of memory that are free"
-        return f"About {self.seconds:.0f} seconds, and {self.memory / 1e9:.1f} of the {free}."
+Estimate = namedtuple("Estimate", "seconds memory free")  # bytes, the last those that are free
 
 
 def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
-    """What ``stylize`` will take here, to be printed, from a few steps at two small sizes; raises what it would."""
+    """What ``stylize`` will take here, from a few steps at two small sizes; raises what it would."""
     stylize(content, style, config, network)  # checks without a step
     trial = replace(config, scales=1, num_steps=4, checkpoint=False)
     timed = {}
     for side in CALIBRATION_SIDES[network.device.type]:
         small, ends = shrink_to(content, side), []
-        for step in stylize(small, style, trial, network):
-            float(step.losses["total"])  # waits for the device
+        for _ in stylize(small, style, trial, network):
             ends.append(time.perf_counter())
         timed[_painted_pixels(small.shape[2:])] = min(b - a for a, b in itertools.pairwise(ends))
     (few, quick), (many, slow) = min(timed.items()), max(timed.items())
@@ -711,19 +797,15 @@ def free_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _allocator(keep: bool) -> Iterator[None]:
-    """Have glibc keep the large blocks that a step frees for the next step, or else give each back at once.
-    Left alone it does a little of both. To get a block anew, zeroed page by page, is a third of a 1024 px step."""
+def _memory_given_back() -> Iterator[None]:
+    """Have glibc give each large block back at once: left alone it holds on to as much again as checkpoints take."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    set_option, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's alone
-    for option in MALLOC_KEEP if keep else MALLOC_GIVE_BACK:
-        set_option(*option)
+    set_option = getattr(libc, "mallopt", lambda *_: None)  # no other C library has it
+    set_option(MMAP_THRESHOLD, LOW)
     try:
         yield
     finally:
-        for option in MALLOC_USUAL:
-            set_option(*option)
-        trim(0)
+        set_option(MMAP_THRESHOLD, USUAL)
 
 
 def _check_memory(size: Sequence[int], styles: Sequence[Tensor], config, network: VGG19Features) -> None:
@@ -781,63 +863,102 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     blend = [1.0] * count if config.style_blend == "equal" else config.style_blend
     _require(len(blend) == count > 0, "style_blend", each, blend)
     _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
-    config = replace(config, style_blend=[weight / sum(blend) for weight in blend])
     _check_regions(content.shape[2:], config)
     _check_memory(content.shape[2:], styles, config, network)
     has, wanted = min(max(image.shape) for image in styles), round(config.style_scale * max(content.shape))
     if config.style_scale > 1 and has < wanted:
         told = f"style_scale={config.style_scale:g} takes a painting of {wanted} pixels, and this one has {has}"
         warnings.warn(f"{told}: load it larger, or the strokes will be smaller.", stacklevel=2)
+    if config.seed and not config.noise and config.init != "noise":
+        warnings.warn(f"seed={config.seed} changes nothing without noise: set noise=0.2 too.", stacklevel=2)
+    record = _describe(content, styles, config, network)
+    config = replace(config, style_blend=[weight / sum(blend) for weight in blend])
     if config.color != "style":
         palette = _in_color(content, config)
         styles = [match_colors(_in_color(image, config), palette).clamp(0, 1) for image in styles]
-    return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network)
+    return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network, record)
 
 
-def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network) -> Iterator[Step]:
+def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict[str, Any]:
+    """What a picture remembers of its run, in plain JSON: of what was "auto", what it came to."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [plain(x) for x in value]
+        return f"sha256:{_sha256(value)}" if isinstance(value, Tensor) else value
+
+    settings = {name: plain(getattr(config, name)) for name in config.__dataclass_fields__}
+    settings["weights"] = network.source if network.source in NAMED_WEIGHTS else f"sha256:{network.sha256}"
+    settings["max_size"] = max(config.max_size, *content.shape[2:])  # the photo shall be loaded as large again
+    settings["precision"] = str(network.dtype).removeprefix("torch.")
+    settings["device"] = str(network.device).removesuffix(":0")
+    inputs = [{"sha256": getattr(x, "source_sha256", None), "size": [*x.shape[:1:-1]]} for x in (content, *styles)]
+    packages = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__}
+    record = {"version": RECORD_VERSION, "settings": settings, "photo": inputs[0], "paintings": inputs[1:]}
+    weights = {"source": network.source, "sha256": network.sha256}
+    return record | {"weights": weights, "packages": packages, "threads": torch.get_num_threads()}
+
+
+def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, record) -> Iterator[Step]:
     """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the large
-    shapes; a copy of the photo is recognisable from the first step on. Where memory runs out, the rest is painted with
-    checkpoints, and if need be at a smaller size."""
-    plan, done = plan_scales(content.shape[2:], config), 0
-    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
-    noise = torch.randn((1, 3, *plan[0].size), generator=generator).to(content)
-    starts = {"content": content, "style": styles[0], "noise": 0.5 + noise / 4}
-    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
-    image = _in_color((resize(image, plan[0].size) + config.noise * noise).clamp(0, 1), config)
+    shapes; a copy of the photo is recognisable from the first step on. Where a loss is no number, the rest is painted
+    in float32; where memory runs out, with checkpoints, and if need be at a smaller size."""
+
+    def say(told: str) -> None:
+        notes.append(told)
+        warnings.warn(told, stacklevel=3)
+
+    plan, done, notes, modes, begun = plan_scales(content.shape[2:], config), 0, [], set(), time.perf_counter()
+    image = _first_picture(content, styles[0], plan[0].size, config)
     while plan:
         scale = plan.pop(0)
         scale = scale._replace(checkpoint=plan_memory(scale.size, styles, config, network)[0])
+        modes.add(scale.checkpoint)
+        settings = record["settings"] | {"checkpoint": scale.checkpoint if len(modes) == 1 else "auto"}
         photo = resize(content, scale.size)
-        target, start = _in_color(photo, config), resize(image, scale.size)
-        if config.content_weight > 0:
-            # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
-            detail = target - resize(resize(target, image.shape[2:]), scale.size)
-            start = (start + detail).clamp(0, 1)
-        limits = 0, 1
-        if config.color == "luminance":  # so that with the photo's chroma no channel leaves [0, 1]
-            limits = [_add_margin(target - x) for x in (photo.amin(1, keepdim=True), photo.amax(1, keepdim=True) - 1)]
         try:
-            with _allocator(keep=not scale.checkpoint):
-                for image, losses in _paint(start, target, styles, limits, scale, config, network):
+            with _memory_given_back() if scale.checkpoint else contextlib.nullcontext():
+                for image, losses in _paint(image, photo, styles, scale, config, network):  # noqa: B020
                     done += 1
-                    yield Step(done, _compose(image, photo, config), losses)
+                    picture, seconds = _compose(image, photo, config), round(time.perf_counter() - begun, 1)
+                    so_far = {"step": done, "finished": done == config.num_steps, "seconds": seconds, "notes": [*notes]}
+                    picture.record = record | so_far | {"settings": settings}
+                    yield Step(done, picture, losses)
             continue
+        except FloatingPointError as error:
+            told = f"Step {done + 1} gave a loss that is no number, in {network.dtype}, first in {error}"
+            if network.dtype == torch.float32:
+                advice = f"the picture of step {done} is the last good one, and a lower learning_rate may help"
+                raise FloatingPointError(f"{told}: {advice}.") from error
+            network = copy.deepcopy(network).float()
+            network.dtype = torch.float32
+            say(f"{told}: the run goes on in float32 from the picture of step {done}.")
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
                 raise
+            height, width = scale.size
+            told = f"Memory ran out at {width} x {height} pixels"
+            if not scale.checkpoint:
+                config = replace(config, checkpoint=True)
+                say(f"{told}: the run goes on with checkpoints, slower.")
+            else:
+                height, width = round(height / SCALE_STEP), round(width / SCALE_STEP)
+                if min(height, width) < SMALLEST_SIDE:
+                    raise MemoryError(
+                        f"{told}, and no smaller picture can be painted: close other programs."
+                    ) from error
+                say(f"{told}: the result will have {width} x {height}.")
+                scale, plan = scale._replace(size=(height, width)), []
         # The error is gone by now, and with it the memory that its traceback held.
-        height, width = scale.size
-        told, left = f"Memory ran out at {width} x {height} pixels", config.num_steps - done
-        if not scale.checkpoint:
-            config = replace(config, checkpoint=True)
-            warnings.warn(f"{told}: the run goes on with checkpoints, slower.", stacklevel=2)
-            plan.insert(0, scale._replace(steps=left - sum(scale.steps for scale in plan)))
-        else:
-            height, width = round(height / SCALE_STEP), round(width / SCALE_STEP)
-            if min(height, width) < SMALLEST_SIDE:
-                raise MemoryError(f"{told}, and no smaller picture can be painted: close other programs.")
-            warnings.warn(f"{told}: the result will have {width} x {height}.", stacklevel=2)
-            plan = [scale._replace(size=(height, width), steps=left)]
+        plan.insert(0, scale._replace(steps=config.num_steps - done - sum(later.steps for later in plan)))
+
+
+def _first_picture(content: Tensor, style: Tensor, size: Sequence[int], config: StyleTransferConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
+    noise = torch.randn((1, 3, *size), generator=generator).to(content)
+    starts = {"content": content, "style": style, "noise": 0.5 + noise / 4}
+    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
+    return _in_color((resize(image, size) + config.noise * noise).clamp(0, 1), config)
 
 
 def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
@@ -858,8 +979,14 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
     return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
-def _paint(start: Tensor, content, styles, limits, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
-    """Change the pixels at one size; yields the averaged picture and the losses of each step."""
+def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
+    """Go on from ``image`` at the size of ``photo``; yields the averaged picture and the losses of each step."""
+    content, start, limits = _in_color(photo, config), resize(image, scale.size), (0, 1)
+    if config.content_weight > 0:
+        # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
+        start = (start + (content - resize(resize(content, image.shape[2:]), scale.size))).clamp(0, 1)
+    if config.color == "luminance":  # so that with the photo's chroma no channel leaves [0, 1]
+        limits = [_add_margin(content - x) for x in (photo.amin(1, keepdim=True), photo.amax(1, keepdim=True) - 1)]
     layers = {*config.content_layers, *config.style_layers}
     regions = find_regions(scale.size, config, network.device)
     grams = () if regions else {*config.style_layers} - {*config.content_layers}  # the Gram matrix of these will do
@@ -875,11 +1002,14 @@ def _paint(start: Tensor, content, styles, limits, scale: Scale, config, network
     targets = content_features, style_grams, config, *regions
 
     def closure() -> Tensor:
-        # The features are given no name: they are large, and must be gone before the next ones.
-        losses.update(calculate_losses(image, see(image, layers, grams=grams), *targets))
+        seen = see(image, layers, grams=grams)
+        losses.update(calculate_losses(image, seen, *targets))
         optimizer.zero_grad()
         total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
         total.backward()
+        if not (total + image.grad.sum()).isfinite():  # one wait for the device
+            found = [(x, part[x]) for x in LAYERS for part in (seen, content_features, style_grams) if x in part]
+            raise FloatingPointError(next((x for x, values in found if not values.isfinite().all()), "the gradient"))
         return total
 
     average = torch.zeros_like(image)

@@ -69,6 +69,7 @@ def test_one_scale_starts_as_a_copy_of_the_content(vgg, pictures):
     assert torch.equal(content, before)
 
 
+@pytest.mark.filterwarnings("ignore:seed=")
 def test_noise_at_the_start_follows_the_seed(vgg, pictures):
     def start(**settings):
         config = replace(CONFIG, num_steps=1, scales=1, learning_rate=1e-6, **settings)

@@ -40,6 +40,19 @@ def cache(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def cache_of(monkeypatch, cache):
+    """``cache_of(data)`` lays ``data`` into the cache, under a name with its own checksum; no network."""
+
+    def lay(data: bytes):
+        name = f"vgg19-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+        monkeypatch.setattr(nst, "TORCHVISION_URL", f"http://127.0.0.1:9/{name}")
+        cache.with_name(name).write_bytes(data)
+        return cache.with_name(name)
+
+    return lay
+
+
+@pytest.fixture
 def serve(monkeypatch, cache):
     """``serve(data)`` puts ``data`` on a loopback server, under a name with its own checksum."""
     servers = []
@@ -47,6 +60,7 @@ def serve(monkeypatch, cache):
     def start(data: bytes, checksum: str | None = None):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                start.requests.append(self.path)
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(data)
@@ -61,6 +75,7 @@ def serve(monkeypatch, cache):
         monkeypatch.setattr(nst, "TORCHVISION_URL", f"http://127.0.0.1:{server.server_port}/{name}")
         return cache.with_name(name)
 
+    start.requests = []
     yield start
     for server in servers:
         server.shutdown()
@@ -217,12 +232,13 @@ def test_with_no_source_at_all_no_warning_claims_that_one_is_used(monkeypatch, c
 
 
 @pytest.mark.parametrize("weights", ["auto", "torchvision"])
-def test_a_cached_checkpoint_is_used_without_the_network(cache, checkpoint, weights):
-    cache.write_bytes(checkpoint[0].read_bytes())
+def test_a_cached_checkpoint_is_used_without_the_network(cache_of, checkpoint, weights):
+    cache_of(checkpoint[0].read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network = nst.VGG19Features(weights=weights)
     assert network.source == "torchvision"
+    assert network.sha256 == hashlib.sha256(checkpoint[0].read_bytes()).hexdigest()
     assert torch.equal(network.network.conv2_1.weight, checkpoint[1][5].weight)
 
 
@@ -260,20 +276,40 @@ def broken(kind: str, good: bytes) -> bytes:
     return {"truncated": good[: len(good) // 2], "empty": b"", "text": b"weights, honestly"}[kind]
 
 
+def flipped(data: bytes) -> bytes:
+    """One bit of a weight is another: torch loads it without a word."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
 @pytest.mark.parametrize("kind", ["web page", "truncated", "empty", "text"])
-def test_a_damaged_cache_is_named_removed_and_survived(cache, checkpoint, kind):
-    cache.write_bytes(broken(kind, checkpoint[0].read_bytes()))
-    with pytest.warns(UserWarning, match=r"dcbb9e9d\.pth.*removed from the cache") as caught:
+def test_a_damaged_cache_is_named_and_survived(cache_of, checkpoint, kind):
+    path = cache_of(checkpoint[0].read_bytes())
+    path.write_bytes(broken(kind, checkpoint[0].read_bytes()))
+    with pytest.warns(UserWarning) as caught:
         assert nst.VGG19Features().source == "bundled"
-    assert ("web page" in str(caught[0].message)) == (kind == "web page")
-    assert not cache.exists()
+    noticed, survived = (str(warning.message) for warning in caught)
+    assert f"'{path.name}' in torch's cache is damaged" in noticed and "could not be downloaded" in noticed
+    assert "bundled VGG19 is used" in survived and f"'{path.name}'" in survived and "holds no VGG19" in survived
 
 
-def test_a_damaged_cache_is_repaired_by_a_download(serve, checkpoint):
-    path = serve(checkpoint[0].read_bytes())
-    path.write_bytes(b"<html>")
-    assert nst.VGG19Features(weights="torchvision").source == "torchvision"
-    assert path.read_bytes() == checkpoint[0].read_bytes()
+def test_a_damaged_cache_is_repaired_by_one_download(serve, checkpoint):
+    good = checkpoint[0].read_bytes()
+    path = serve(good)
+    for damaged in (b"<html>", flipped(good)):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"{path.name}.*damaged.*has been downloaded anew") as caught:
+            assert nst.VGG19Features(weights="torchvision").source == "torchvision"
+        assert path.read_bytes() == good and len(caught) == 1 and len(serve.requests) == 2
+        serve.requests.clear()
+
+
+def test_a_cache_that_cannot_be_repaired_is_used_with_a_warning_while_it_can_be_read(cache_of, checkpoint):
+    path = cache_of(checkpoint[0].read_bytes())
+    path.write_bytes(flipped(checkpoint[0].read_bytes()))
+    with pytest.warns(UserWarning, match=rf"{path.name}.*damaged.*could not be downloaded") as caught:
+        assert nst.VGG19Features(weights="torchvision").source == "torchvision"
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("kind", ["web page", "truncated", "empty", "text"])
@@ -285,8 +321,8 @@ def test_a_damaged_file_of_the_users_is_named_and_kept(tmp_path, checkpoint, kin
     assert path.exists()
 
 
-def test_memory_that_runs_out_is_not_blamed_on_the_file(monkeypatch, cache, checkpoint):
-    cache.write_bytes(checkpoint[0].read_bytes())
+def test_memory_that_runs_out_is_not_blamed_on_the_file(monkeypatch, cache_of, checkpoint):
+    cache = cache_of(checkpoint[0].read_bytes())
 
     def out_of_memory(*_, **__):
         raise MemoryError

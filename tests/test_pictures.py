@@ -234,14 +234,14 @@ def test_the_timestamp_is_the_current_time(tmp_path):
 def test_an_output_folder_that_cannot_be_written_is_said_before_the_loop(monkeypatch, tmp_path):
     taken = tmp_path / "outputs"
     taken.write_text("a file where the folder should be")
-    with pytest.raises(ValueError, match=r"outputs' cannot be written to: .*exists"):
+    with pytest.raises(OSError, match=r"outputs' cannot be written to \(.*exists\)"):
         nst.prepare_output_folder(taken)
 
-    def refuse(*_, **__):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(nst.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(ValueError, match="cannot be written to: Permission denied"):
+    monkeypatch.setattr(nst.Path, "open", refuse)
+    with pytest.raises(OSError, match=r"cannot be written to \(Permission denied\)"):
         nst.prepare_output_folder(tmp_path / "locked")
 
 

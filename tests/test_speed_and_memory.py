@@ -234,7 +234,7 @@ def test_the_estimate_adds_up_the_scales(monkeypatch, vgg, pictures):
     told = nst.estimate(content, pictures["starry_night"], config, vgg)
     assert told.seconds == pytest.approx(expected, rel=1e-3)
     assert told.memory == bytes_needed((300, 400), pictures["starry_night"], vgg, False)
-    assert str(nst.Estimate(26.4, 0.44e9, 8e9)) == ("About 26 seconds, and 0.4 of the 8.0 GB of memory that are free.")
+    assert told.free == 8 * GB
     lean = nst.estimate(content, pictures["starry_night"], replace(config, checkpoint=True), vgg)
     assert lean.seconds > told.seconds and lean.memory < told.memory
 
@@ -327,30 +327,29 @@ def test_any_other_error_is_not_taken_for_memory(monkeypatch, vgg, pictures):
         last(nst.stylize(pictures["china"], pictures["starry_night"], CONFIG, vgg))
 
 
-def test_the_c_librarys_settings_are_put_back(monkeypatch):
+def test_with_checkpoints_the_c_library_gives_memory_back_and_is_then_as_it_was(monkeypatch, vgg, pictures):
     calls = []
 
     class Library:
         def mallopt(self, option, value):
             calls.append((option, value))
 
-        def malloc_trim(self, pad):
-            calls.append("trim")
-
     monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: Library())
     monkeypatch.setattr(nst.sys, "platform", "linux")
-    for keep, options in ((True, nst.MALLOC_KEEP), (False, nst.MALLOC_GIVE_BACK)):
+    with pytest.raises(KeyError), nst._memory_given_back():
+        assert calls == [(nst.MMAP_THRESHOLD, nst.LOW)]
+        raise KeyError
+    assert calls == [(nst.MMAP_THRESHOLD, nst.LOW), (nst.MMAP_THRESHOLD, nst.USUAL)]
+    for checkpoint, expected in ((True, 4), (False, 0)):  # two scales
         calls.clear()
-        with pytest.raises(KeyError), nst._allocator(keep):
-            assert calls == [*options]
-            raise KeyError
-        assert calls == [*options, *nst.MALLOC_USUAL, "trim"]
-        assert {option for option, _ in options} <= {option for option, _ in nst.MALLOC_USUAL}
+        config = replace(CONFIG, scales=2, checkpoint=checkpoint)
+        last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg))
+        assert len(calls) == expected
 
 
 def test_other_c_libraries_and_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: object())
     for platform in ("linux", "darwin"):
         monkeypatch.setattr(nst.sys, "platform", platform)
-        with nst._allocator(keep=True):
+        with nst._memory_given_back():
             pass
