@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt
 import psutil
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -744,15 +745,7 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     _require(len(blend) == count > 0, "style_blend", each, blend)
     _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
     size, longest, free = content.shape[2:], max(content.shape), free_memory(network.device)
-    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
-        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
-        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
-            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=2)
-    side = STRIDES[deepest := max(config.style_layers)]
-    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
-    for i, mask in enumerate(config.masks):
-        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
-        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
+    _check_masks(size, config)
     while longest and plan_memory([x * longest / max(size) for x in size], styles, config, network)[1] > free:
         longest -= 1
     allowed = f"at most {longest} for the {free / 1e9:.1f} GB that are free on {network.device}"
@@ -768,6 +761,18 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     if config.color != "style":
         styles = [match_colors(_in_color(image, config), _in_color(content, config)).clamp(0, 1) for image in styles]
     return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network, record)
+
+
+def _check_masks(size: Sequence[int], config: StyleTransferConfig) -> None:
+    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
+        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
+        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
+            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=3)
+    side = STRIDES[deepest := max(config.style_layers)]
+    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
+    for i, mask in enumerate(config.masks):
+        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
+        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
 
 
 def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict[str, Any]:
@@ -939,16 +944,17 @@ def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=N
     ``sweep(content, style, config, network, style_weight=(3, 30, 300))`` returns ``{label: (1, 3, H, W) picture}``.
     Without ``network`` each run makes its own, which settings of the network, such as ``pooling``, need."""
     _require(len(values) in (1, 2), "sweep", "given one or two settings", list(values))
-    runs = {}
+    runs, pictures = {}, {}
     for row in itertools.product(*([(name, value) for value in values[name]] for name in values)):
         tried = replace(config, **dict(row))
         label = ", ".join(f"{name} = {value if len(str(value)) < 80 else len(runs) + 1}" for name, value in row)
         runs[label] = stylize(shrink_to(content, tried.max_size), style, tried, network)
-    for label, steps in runs.items():
-        for step in steps:
-            runs[label] = step.image
-    show_images(runs, columns=len([*values.values()][-1]))
-    return runs
+    with contextlib.suppress(KeyboardInterrupt):  # a sweep that is stopped shows what there is
+        for label, steps in runs.items():
+            for step in steps:
+                pictures[label] = step.image
+    show_images(pictures, columns=len([*values.values()][-1]))
+    return pictures
 
 
 def plot_losses(history: Sequence[Features]) -> None:

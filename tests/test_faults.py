@@ -123,6 +123,14 @@ def test_an_interrupted_run_goes_on_from_its_latest_picture(monkeypatch, vgg, pa
     assert further.number == 6 and further.image.shape == pair[0].shape
 
 
+def test_a_sweep_that_is_stopped_shows_what_there_is(monkeypatch, vgg, pair):
+    broken_network(monkeypatch, 9, fail(KeyboardInterrupt()))
+    looks = nst.sweep(*pair, CONFIG, vgg, style_weight=(3, 30, 300))
+    assert list(looks) == ["style_weight = 3", "style_weight = 30"] and all(x.std() > 0.05 for x in looks.values())
+    assert looks["style_weight = 3"].record["finished"] and looks["style_weight = 30"].record["step"] == 2
+    nst.plt.close("all")
+
+
 SCRIPT = """
 import sys
 import nst_helpers as nst
