@@ -927,16 +927,16 @@ def show_images(images: Features, columns: int | None = None) -> None:
     """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` in rows of ``columns``; maps share their colours."""
     columns = columns or len(images)
     rows, ratios = math.ceil(len(images) / columns), [x.shape[-1] / x.shape[-2] for x in images.values()][:columns]
-    options = {"width_ratios": ratios, "squeeze": False, "layout": "constrained"}
-    _, axes = plt.subplots(rows, columns, figsize=(9, rows * (9 / sum(ratios) + 0.3)), **options)
+    bare, options = {"frame_on": False, "xticks": [], "yticks": []}, {"squeeze": False, "layout": "constrained"}
+    size = 9, rows * (9 / sum(ratios) + 0.3)
+    _, axes = plt.subplots(rows, columns, figsize=size, width_ratios=ratios, subplot_kw=bare, **options)
     scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
-    for ax, (title, image) in zip(axes.flat, images.items(), strict=True):
+    for ax, (title, image) in zip(axes.flat, images.items(), strict=False):  # the last row may be short
         if image.dim() == 4:
             ax.imshow(to_pil(image), interpolation="lanczos")
         else:
             ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
         ax.set_title(title, fontsize="medium" if columns * max(map(len, images)) < 90 else "x-small")
-        ax.axis("off")
 
 
 def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=None, **values: Sequence) -> Features:
@@ -953,7 +953,7 @@ def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=N
         for label, steps in runs.items():
             for step in steps:
                 pictures[label] = step.image
-    show_images(pictures, columns=len([*values.values()][-1]))
+    show_images(pictures, columns=min(len(pictures), len([*values.values()][-1])))
     return pictures
 
 
