@@ -436,7 +436,7 @@ ELSEWHERE = {
     "another kind": "[]",
     "a number": "1",
     "deep": "[" * 60_000,
-    "oversized": " " * 70_000,
+    "oversized": json.dumps({"version": 1, "settings": {"weights": "bundled"}}) + " " * 70_000,
     "a long number": '{"version": ' + "9" * 50_000 + "}",
     "newer": json.dumps(GOOD | {"version": 2}),
     "no settings": '{"version": 1}',
