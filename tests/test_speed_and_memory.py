@@ -327,29 +327,37 @@ def test_any_other_error_is_not_taken_for_memory(monkeypatch, vgg, pictures):
         last(nst.stylize(pictures["china"], pictures["starry_night"], CONFIG, vgg))
 
 
-def test_with_checkpoints_the_c_library_gives_memory_back_and_is_then_as_it_was(monkeypatch, vgg, pictures):
+def test_the_c_librarys_settings_are_put_back(monkeypatch, vgg, pictures):
     calls = []
 
     class Library:
         def mallopt(self, option, value):
             calls.append((option, value))
 
+        def malloc_trim(self, pad):
+            calls.append("trim")
+
     monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: Library())
     monkeypatch.setattr(nst.sys, "platform", "linux")
-    with pytest.raises(KeyError), nst._memory_given_back():
-        assert calls == [(nst.MMAP_THRESHOLD, nst.LOW)]
-        raise KeyError
-    assert calls == [(nst.MMAP_THRESHOLD, nst.LOW), (nst.MMAP_THRESHOLD, nst.USUAL)]
-    for checkpoint, expected in ((True, 4), (False, 0)):  # two scales
+    usual = [*nst.MALLOC_USUAL.items(), "trim"]
+    for keep, options in ((True, nst.MALLOC_KEEP), (False, nst.MALLOC_GIVE_BACK)):
         calls.clear()
-        config = replace(CONFIG, scales=2, checkpoint=checkpoint)
-        last(nst.stylize(pictures["china"], pictures["starry_night"], config, vgg))
-        assert len(calls) == expected
+        with pytest.raises(KeyError), nst._allocator(keep):
+            assert calls == [*options.items()]
+            raise KeyError
+        assert calls == [*options.items(), *usual] and {*options} <= {*nst.MALLOC_USUAL}
+        calls.clear()
+        last(
+            nst.stylize(
+                *[pictures[x] for x in ("china", "chelsea")], replace(CONFIG, scales=2, checkpoint=not keep), vgg
+            )
+        )
+        assert calls == [*options.items(), *usual] * 2
 
 
 def test_other_c_libraries_and_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: object())
     for platform in ("linux", "darwin"):
         monkeypatch.setattr(nst.sys, "platform", platform)
-        with nst._memory_given_back():
+        with nst._allocator(keep=True):
             pass
