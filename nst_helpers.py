@@ -903,7 +903,7 @@ def picture_tag(image: Tensor, alt: str, side: int = 512, style: str = "") -> st
     """HTML that holds the picture, as a light JPEG; on the page its long side is always ``side`` pixels."""
     picture, data = to_pil(image), io.BytesIO()
     picture.thumbnail((side, side))
-    picture.save(data, "JPEG", quality=80)
+    picture.save(data, "JPEG", quality=75)
     source = base64.b64encode(data.getvalue()).decode()  # decoded before it is drawn: a new picture does not flicker
     style = f"display: inline; width: {side * picture.width // max(picture.size)}px; max-width: 100%; {style}"
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="data:image/jpeg;base64,{source}">'

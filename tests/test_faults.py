@@ -92,7 +92,7 @@ def test_a_stopped_cell(tmp_path):
         form.source, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.MULTILINE)
         assert count == 1
     Reader(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
-    loop = next(cell for cell in notebook.cells if "nst.stylize" in cell.source and "tqdm" in cell.source)
+    loop = next(cell for cell in notebook.cells if "nst.watch(" in cell.source)
     told = "".join(output.get("text", "") for output in loop.outputs)
     done = int(re.search(r"(\d+) of 100000 steps are painted", told)[1])
     assert 5 <= done < 100_000
@@ -101,8 +101,11 @@ def test_a_stopped_cell(tmp_path):
     assert partial.name.endswith(".partial.png")
     record = text_of(saved)
     assert record["step"] == done and not record["finished"] and nst.settings_from_png(saved).num_steps == 100_000
-    shown = next(output.data["image/jpeg"] for output in loop.outputs if "image/jpeg" in output.get("data", {}))
-    assert len(shown) > 1000  # the live view; the pictures and the figure after it are the notebook's own
+    (shown,) = [
+        output.data for output in loop.outputs if "text/html" in output.get("data", {})
+    ]  # one, drawn over
+    assert shown["text/plain"].startswith(f"step {done} of 100000") and shown["text/plain"].endswith("stopped")
+    assert shown["text/html"].count("data:image/jpeg;base64,") == 2 and len(shown["text/html"]) > 1000
     painted = nst.load_image(saved)
     assert (painted - nst.load_image(ROOT / "images" / "china.jpg", 64)).abs().mean() > 0.02
 
@@ -352,15 +355,13 @@ def test_a_colour_profile_that_cannot_be_used(tmp_path):
         assert nst.load_image(path)[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
-def test_an_upload_with_a_path_for_a_name(monkeypatch, tmp_path):
+def test_an_upload_with_a_path_for_a_name(monkeypatch, tmp_path, vgg, capsys):
     """An upload is called `../../something`"""
     monkeypatch.chdir(tmp_path)
     data = (ROOT / "images" / "chelsea.png").read_bytes()
-    for name in ("google", "google.colab"):
-        monkeypatch.setitem(sys.modules, name, type(sys)(name))
-    sys.modules["google.colab"].files = type(sys)("files")
-    sys.modules["google.colab"].files.upload = lambda: {"../../evil.png": data}
-    assert nst.choose_picture("a photo", "images/china.jpg") == data
+    panel = nst.Panel(CONFIG, vgg, dict.fromkeys(("photo", "painting"), ROOT / "images" / "china.jpg"))
+    panel.plan(photo=({"name": "../../evil.png", "content": memoryview(data)},))
+    assert panel.sources["photo"] == data
     assert list(tmp_path.iterdir()) == [] and not (tmp_path.parent / "evil.png").exists()
 
 

@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, in Jupyter and in a stand-in for Colab, and is well kept."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 import nst_helpers as nst
 
@@ -61,6 +64,19 @@ def colab(monkeypatch):
     return files
 
 
+def run_cell(text: str, **names) -> dict:
+    """The names after the cell with ``text`` ran, which it finds ``names`` in."""
+    (source,) = [source for source in sources if text in source]
+    exec(source, names)
+    return names
+
+
+def choose(photo: str = "images/china.jpg", painting: str = "images/starry_night.jpg") -> dict:
+    """What the cell that may ask for pictures chose."""
+    names = {"contextlib": contextlib, "os": os, "nst": nst, "content_picture": photo, "style_picture": painting}
+    return run_cell("sources = {", **names)["sources"]
+
+
 def test_in_colab_the_first_cell_asks_for_the_helper_only_while_it_is_missing(colab, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
@@ -97,29 +113,86 @@ def test_in_colab_an_upload_is_used_as_bytes_and_none_means_the_sample(colab, mo
     monkeypatch.chdir(ROOT)
     data = (ROOT / "images" / "chelsea.png").read_bytes()
     colab.answers = [{"../../etc/evil name.png": data}, {}]
-    assert nst.choose_picture("a photo", "images/china.jpg") == data
-    assert nst.choose_picture("a painting", "images/china.jpg") == os.path.join("images", "china.jpg")
-    assert "Choose a photo, or press Cancel to go on with images" in capsys.readouterr().out
+    assert choose() == {"photo": data, "painting": "images/starry_night.jpg"}
+    said = capsys.readouterr().out
+    assert "Choose a photo, or press Cancel to go on with images/china.jpg." in said
 
 
-def test_in_colab_without_the_folder_of_samples_one_beside_the_notebook_will_do(colab, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("data", [b"", b"no picture", (ROOT / "images" / "china.jpg").read_bytes()[:20_000]])
+def test_in_colab_an_upload_that_is_no_picture_is_said_in_a_sentence_and_the_sample_stays(colab, capsys, data):
+    colab.answers = [{"a.jpg": data}, {}]
+    assert choose()["photo"] == "images/china.jpg"
+    said = capsys.readouterr().out
+    assert "the uploaded picture is " in said and "It stays images/china.jpg; run this cell again" in said
+
+
+def test_in_colab_without_the_folder_of_samples_one_beside_the_notebook_will_do(colab, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    colab.answers = [{}, {}]
-    missing = nst.choose_picture("a photo", "images/china.jpg")
-    assert "there is no sample" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"china\.jpg"):
-        nst.load_image(missing)
     shutil.copy(ROOT / "images" / "china.jpg", tmp_path)
-    assert nst.choose_picture("a photo", "images/china.jpg") == "china.jpg"
+    colab.answers = [{}, {}]
+    assert choose() == {"photo": "china.jpg", "painting": "starry_night.jpg"}
 
 
-def test_in_colab_the_picture_is_offered_for_download_and_elsewhere_nothing_happens(colab, monkeypatch):
-    nst.offer_download(Path("outputs/a.png"))
-    assert colab.downloads == [os.path.join("outputs", "a.png")]
+def test_outside_colab_nothing_is_asked_and_the_forms_pictures_are_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", None)
-    nst.offer_download("outputs/b.png")
-    assert nst.choose_picture("a photo", Path("images/china.jpg")) == os.path.join("images", "china.jpg")
+    assert choose("my/photo.png") == {"photo": "my/photo.png", "painting": "images/starry_night.jpg"}
+
+
+def test_the_picture_is_downloaded_in_colab_and_linked_elsewhere(colab, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    names = {"nst": nst, "result": torch.rand(1, 3, 20, 30), "output_folder": Path("outputs"), "photo_source": None}
+    names |= {"display": shown.append, "HTML": str}
+    path = run_cell("nst.save_image(result", **names)["path"]
+    assert colab.downloads == [str(path)] and not shown
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    path = run_cell("nst.save_image(result", **names)["path"]
+    assert shown == [f'<a href="outputs/{path.name}" download="{path.name}">Download {path.name}</a>']
+    assert f"Saved as {path}" in capsys.readouterr().out
     assert len(colab.downloads) == 1
+
+
+COLAB_FILES = """
+import json, shutil
+from pathlib import Path
+FOLDER = Path(__file__).parent
+calls = FOLDER / "calls"
+def upload():  # like Colab's: the files lie in the current folder and come as {name: bytes}
+    calls.write_text(calls.read_text() + "upload ")
+    number = calls.read_text().count("upload")
+    names = {1: ["nst_helpers.py"], 2: ["chelsea.png"]}.get(number, [])
+    for name in names:
+        shutil.copy(FOLDER / name, name)
+    return {name: Path(name).read_bytes() for name in names}
+def download(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Cannot find file: {path}")
+    calls.write_text(calls.read_text() + f"download:{path} ")
+"""
+
+
+def test_in_colab_the_lone_notebook_runs_from_top_to_bottom_and_again_after_a_restart(tmp_path):
+    """A photo is uploaded, the sample painting lies in the file panel, and nothing else is there."""
+    content, package = tmp_path / "content", tmp_path / "site" / "google" / "colab"
+    content.mkdir()
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "images" / "starry_night.jpg", content)
+    for file in (ROOT / "nst_helpers.py", ROOT / "images" / "chelsea.png"):
+        shutil.copy(file, package)
+    for file, text in {"__init__.py": "", "files.py": COLAB_FILES, "calls": ""}.items():
+        (package / file).write_text(text)
+    notebook = nbformat.read(NOTEBOOK, 4)
+    last = next(i for i, cell in enumerate(notebook.cells) if "nst.save_image(result" in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
+    environment = os.environ | {"NST_QUICK": "1", "PYTHONPATH": str(tmp_path / "site")}
+    resources = {"metadata": {"path": str(content)}}
+    for _ in range(2):
+        NotebookClient(notebook, timeout=300, resources=resources).execute(env=environment)
+    *_, saved = sorted((content / "outputs").glob("*.png"))
+    calls = (package / "calls").read_text().split()
+    assert calls[:4] == ["upload", "upload", "upload", calls[3]] and calls[3].startswith("download:outputs")
+    assert calls[4:6] == ["upload", "upload"] and calls[6] == f"download:{saved.relative_to(content)}"
+    assert nst.load_image(saved).shape == (1, 3, 64, 96)
 
 
 # It is kept as it should be ---------------------------------------------------------------------
@@ -163,9 +236,20 @@ def test_its_cells_are_short_plain_and_explained():
         assert not re.search(r"^\s*(def |class |%|!)", source, re.MULTILINE), source
     for cell, following in pairwise(cells):
         drawn = cell["cell_type"] == "code" and re.search(
-            r"nst\.(show_|sweep|plot)|display\(Image", "".join(cell["source"])
+            r"nst\.(show_|sweep|plot)|display\((Image|HTML\(\w*f)", "".join(cell["source"])
         )
         assert not drawn or following["cell_type"] == "markdown", "a figure without a sentence after it"
+
+
+def test_every_figure_has_an_alternative_text():
+    for cell in code:
+        kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+        if kinds & {"image/png", "image/jpeg"}:
+            assert len(cell["metadata"].get("alt", "")) > 20, "".join(cell["source"])
+    pages = [text for cell in code for o in cell["outputs"] for text in o.get("data", {}).get("text/html", [])]
+    pages += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    for text in pages:
+        assert all('alt="' in tag for tag in re.findall(r"<img [^>]*", text)) and not re.search(r"!\[\]\(", text)
 
 
 def test_the_readme_lists_every_setting_with_its_default():
@@ -232,12 +316,6 @@ def test_a_loss_of_zero_leaves_a_gap(figures):
     nst.plot_losses([{"content": torch.tensor(0.0)}, {"content": torch.tensor(0.5)}])
     first, second = figures.gca().lines[0].get_ydata()
     assert nst.math.isnan(first) and second == 0.5
-
-
-def test_the_preview_is_a_light_jpeg_of_one_width_at_every_scale():
-    for side in (32, 128):
-        shown = nst.preview(torch.rand(1, 3, side, side), width=300)
-        assert shown.width == 300 and shown.data[:2] == b"\xff\xd8"
 
 
 def test_no_loss_at_all_is_said(figures):
