@@ -753,7 +753,7 @@ def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, 
         except FloatingPointError as error:
             told = f"Step {done + 1} gave a loss that is no number, in {network.dtype}, first in {error}"
             if network.dtype == torch.float32:
-                raise FloatingPointError(f"{told}: step {done} was good, a lower learning_rate may help.") from error
+                raise FloatingPointError(f"{told}: the picture of step {done} is good; lower learning_rate.") from error
             network = copy.deepcopy(network).float()
             told += f": the run goes on in float32 from the picture of step {done}."
         except (MemoryError, RuntimeError) as error:

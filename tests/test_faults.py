@@ -96,14 +96,12 @@ def test_a_stopped_cell(tmp_path):
     told = "".join(output.get("text", "") for output in loop.outputs)
     done = int(re.search(r"(\d+) of 100000 steps are painted", told)[1])
     assert 5 <= done < 100_000
-    assert notebook.cells[-1].outputs[-1].text.startswith("Saved as ")
+    assert notebook.cells[-1].outputs[0].text.startswith("Saved as ")
     partial, saved = sorted((tmp_path / "outputs").iterdir(), key=lambda path: -len(path.name))
     assert partial.name.endswith(".partial.png")
     record = text_of(saved)
     assert record["step"] == done and not record["finished"] and nst.settings_from_png(saved).num_steps == 100_000
-    (shown,) = [
-        output.data for output in loop.outputs if "text/html" in output.get("data", {})
-    ]  # one, drawn over
+    (shown,) = [output.data for output in loop.outputs if "text/html" in output.get("data", {})]  # one, drawn over
     assert shown["text/plain"].startswith(f"step {done} of 100000") and shown["text/plain"].endswith("stopped")
     assert shown["text/html"].count("data:image/jpeg;base64,") == 2 and len(shown["text/html"]) > 1000
     painted = nst.load_image(saved)

@@ -160,7 +160,7 @@ calls = FOLDER / "calls"
 def upload():  # like Colab's: the files lie in the current folder and come as {name: bytes}
     calls.write_text(calls.read_text() + "upload ")
     number = calls.read_text().count("upload")
-    names = {1: ["nst_helpers.py"], 2: ["chelsea.png"]}.get(number, [])
+    names = {1: ["nst_helpers.py"], 2: ["chelsea.png"], 4: ["chelsea.png"]}.get(number, [])
     for name in names:
         shutil.copy(FOLDER / name, name)
     return {name: Path(name).read_bytes() for name in names}
