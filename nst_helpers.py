@@ -919,9 +919,9 @@ def watch(steps: Iterable[Step], content: Tensor, config, show=lambda page, line
         done, (height, width) = len(history), step.image.shape[2:]
         form = f"step {done} of {len(work)}, {width} x {height} pixels |{{bar:20}}| {{elapsed}}{how}"
         line = tqdm.format_meter(sum(work[:done]), sum(work), time.monotonic() - begun, bar_format=form)
-        plot_losses(history, figure := plt.Figure((4.5, 3.4)))
+        plot_losses(history, figure := plt.Figure((4.5, 4.2)))
         figure.savefig(data := io.BytesIO(), format="png", dpi=72)
-        page = picture_tag(step.image, line) + picture_tag(load_image(data.getvalue()), "the losses so far", 324)
+        page = picture_tag(step.image, line) + picture_tag(load_image(data.getvalue()), "the losses so far", 300)
         show(f"{page}<pre>{line}</pre>", line)
 
     try:

@@ -5,6 +5,7 @@ full size, and the README's screenshots are taken anew.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 ROOT = Path(__file__).parent.parent
 SHOTS = os.environ.get("NST_SCREENSHOTS")
-PATIENCE = 120_000  # milliseconds that the browser waits for what must come
+PATIENCE = 300_000  # milliseconds that the browser waits for what must come
 LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # else cells out of sight are not in the page
@@ -128,7 +129,7 @@ class Person:
         data = self.page.locator(".jp-MainAreaWidget:visible").first.screenshot()
         assert len(data) > 10_000
         if SHOTS:
-            (ROOT / SHOTS / f"{name}.png").write_bytes(data)
+            Image.open(io.BytesIO(data)).convert("RGB").save(ROOT / SHOTS / f"screen_{name}.jpg", quality=85)
 
 
 @pytest.fixture(scope="module")
