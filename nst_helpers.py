@@ -927,10 +927,10 @@ def watch(steps: Iterable[Step], content: Tensor, config, show=lambda page, line
     try:
         for step in steps:
             history.append(step.losses)
+            yield step  # before it is drawn: whoever stops the drawing has the picture already
             if (now := time.monotonic()) >= due:
                 tell(", {remaining} left")
                 due = time.monotonic() + max(REFRESH_SECONDS, (time.monotonic() - now) / REFRESH_SHARE)
-            yield step
     finally:  # however the run ends, its last picture is shown
         if history:
             tell(", done" if len(history) == len(work) else ", stopped")
