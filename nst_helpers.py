@@ -52,7 +52,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -496,7 +496,8 @@ class VGG19Features(nn.Module):
         self.network = _build_modules(self.blocks, pooling)
         self._load(weights, dtype)
         self.requires_grad_(False).eval()
-        self.to(dtype=dtype, memory_format=torch.channels_last)  # the layout that is fastest
+        self.to(dtype)
+        self.to(memory_format=torch.channels_last)  # the layout that is fastest
 
     def _load(self, weights: str | os.PathLike, dtype: torch.dtype) -> None:
         shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
@@ -519,12 +520,12 @@ class VGG19Features(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network is, and where pictures must be that it looks at."""
-        return self.network.get_submodule("conv1_1").weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The number type of the convolutions."""
-        return self.network.get_submodule("conv1_1").weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(
         self,
@@ -751,7 +752,7 @@ class Step:
     progress: float
     image: Tensor
     losses: Mapping[str, Tensor]
-    record: Mapping[str, object]
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -853,7 +854,7 @@ class Run:
         pictures: Pictures,
         config: StyleTransferConfig,
         network: VGG19Features,
-        record: Mapping[str, object],
+        record: Mapping[str, Any],
     ) -> None:
         self.pictures = pictures.prepared(config.color, network.device)
         self.config = config
@@ -1069,15 +1070,14 @@ def take_step(
 
         # 3. Which way does each pixel have to change? The factor makes up for the division by the
         # number of pixels, or small gradients would vanish in float16. No optimizer minds it.
-        canvas.grad = None
         total = losses["total"] * canvas.numel()
-        total.backward()
-        if not (total + canvas.grad.sum()).isfinite():  # the one wait for a GPU in a step
+        (gradient,) = torch.autograd.grad(total, canvas)
+        if not (total + gradient.sum()).isfinite():  # the one wait for a GPU in a step
             parts = (features, grams, targets.content, targets.style)
             raise FloatingPointError(_first_not_finite(parts))
 
         # 4. Move.
-        optimizer.move(total.detach())
+        optimizer.move(gradient)
     with torch.no_grad():
         canvas.clamp_(*limits)
     return {name: loss.detach() for name, loss in losses.items()}
@@ -1254,13 +1254,15 @@ class AdamOnCanvas:
     """
 
     def __init__(self, canvas: Tensor, scale: Scale) -> None:
+        self.canvas = canvas
         last_rate = scale.rate * ADAM_LAST_RATE
         self.optimizer = torch.optim.Adam([canvas], scale.rate, ADAM_BETAS)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, scale.steps, last_rate
         )
 
-    def move(self, loss: Tensor) -> None:
+    def move(self, gradient: Tensor) -> None:
+        self.canvas.grad = gradient
         self.optimizer.step()
         self.schedule.step()
 
@@ -1276,9 +1278,10 @@ class LbfgsOnCanvas:
             [canvas], first_rate, max_iter=1, history_size=LBFGS_HISTORY
         )
 
-    def move(self, loss: Tensor) -> None:
+    def move(self, gradient: Tensor) -> None:
         before = self.canvas.detach().clone()
-        self.optimizer.step(lambda: loss)
+        self.canvas.grad = gradient
+        self.optimizer.step(lambda: 0.0)  # the loss, which is not looked at
         self.optimizer.param_groups[0]["lr"] = 1.0
         with torch.no_grad():
             share = self.longest / (self.canvas - before).abs().mean()
@@ -1399,24 +1402,24 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_whole_number(name: str, value: object, minimum: int, or_word: str = "") -> None:
+def _check_whole_number(name: str, value: Any, minimum: int, or_word: str = "") -> None:
     is_whole = _is_number(value) and isinstance(value, int)
     if not (is_whole and minimum <= value < LARGEST_NUMBER):
         allowed = f"{or_word}a whole number of at least {minimum}"
         raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
 
 
-def _check_number(name: str, value: object) -> None:
+def _check_number(name: str, value: Any) -> None:
     if not (_is_number(value) and 0 <= value < LARGEST_NUMBER):  # NaN fails this too
         raise ValueError(f"{name} must be a number of at least 0, not {in_words(value)}.")
 
 
-def _check_positive(name: str, value: object) -> None:
+def _check_positive(name: str, value: Any) -> None:
     if not (_is_number(value) and 0 < value < LARGEST_NUMBER):
         raise ValueError(f"{name} must be a number above 0, not {in_words(value)}.")
 
 
-def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+def _check_choice(name: str, value: Any, allowed: Sequence[object]) -> None:
     is_allowed = any(value is word or (isinstance(word, str) and value == word) for word in allowed)
     if not (isinstance(value, (str, bool)) and is_allowed):
         words = [repr(word) for word in allowed]
@@ -1424,7 +1427,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be {listed}, not {in_words(value)}.")
 
 
-def _check_layer_names(name: str, value: object) -> None:
+def _check_layer_names(name: str, value: Any) -> None:
     is_sequence = isinstance(value, tuple) and len(value) > 0
     if not (is_sequence and all(isinstance(layer, str) and layer in LAYERS for layer in value)):
         allowed = f"a tuple of layers out of {', '.join(LAYERS)}"
@@ -1433,7 +1436,7 @@ def _check_layer_names(name: str, value: object) -> None:
         raise ValueError(f"{name} must name each layer once, not {in_words(value)}.")
 
 
-def _check_proportions(name: str, value: object, or_word: str = "") -> None:
+def _check_proportions(name: str, value: Any, or_word: str = "") -> None:
     numbers_given = value if isinstance(value, tuple) else (None,)
     are_numbers = all(_is_number(part) and 0 <= part < LARGEST_NUMBER for part in numbers_given)
     if not are_numbers or sum(numbers_given) == 0:
@@ -1449,18 +1452,23 @@ def gather_pictures(
     start: Tensor | None = None,
 ) -> Pictures:
     """The pictures of a run, each checked: ``ValueError`` for what is no picture."""
-    styles = list(styles) if isinstance(styles, (list, tuple)) else [styles]
-    masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    paintings = as_list(styles)
+    regions = as_list(masks)
     check_image("content", content)
-    for style in styles:
-        check_image("styles", style)
-    for mask in masks:
-        check_image("masks", mask)
+    for painting in paintings:
+        check_image("styles", painting)
+    for region in regions:
+        check_image("masks", region)
     if keep is not None:
         check_image("keep", keep)
     if start is not None:
         check_image("start", start)
-    return Pictures(content, styles, masks, keep, start)
+    return Pictures(content, paintings, regions, keep, start)
+
+
+def as_list(pictures: Any) -> list[Any]:
+    """Several pictures as a list, and one as a list of one."""
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
 def check_image(name: str, image: object) -> None:
@@ -1536,8 +1544,8 @@ def _check_counts(pictures: Pictures, config: StyleTransferConfig) -> None:
         given = in_words(config.style_blend)
         raise ValueError(f"style_blend must be one number for each of {count} styles, not {given}.")
     if len(pictures.masks) not in (0, count):
-        given = len(pictures.masks)
-        raise ValueError(f"masks must be one for each of {count} styles, or none, not {given}.")
+        masks = len(pictures.masks)
+        raise ValueError(f"masks must be one for each of {count} styles, or none, not {masks}.")
 
 
 def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig) -> None:
@@ -1589,7 +1597,7 @@ def warn_about_run(pictures: Pictures, config: StyleTransferConfig) -> None:
 
 
 def _advice_about_run(pictures: Pictures, config: StyleTransferConfig) -> Iterator[str]:
-    named = [("masks", mask) for mask in pictures.masks]
+    named: list[tuple[str, Tensor | None]] = [("masks", mask) for mask in pictures.masks]
     named += [("keep", pictures.keep), ("start", pictures.start)]
     height, width = pictures.size
     for name, picture in named:
@@ -1597,11 +1605,11 @@ def _advice_about_run(pictures: Pictures, config: StyleTransferConfig) -> Iterat
             given = f"{picture.shape[3]} x {picture.shape[2]} pixels"
             yield f"{name} has {given} and is stretched to the photo's {width} x {height}."
     wanted = round(config.style_scale * max(pictures.size))
-    given = min(max(style.shape[2:]) for style in pictures.styles)
-    if config.style_scale > 1 and given < wanted:
+    smallest = min(max(style.shape[2:]) for style in pictures.styles)
+    if config.style_scale > 1 and smallest < wanted:
         yield (
             f"style_scale={config.style_scale:g} needs a painting of {wanted} pixels, and this one"
-            f" has {given}: load it larger, or the strokes will be smaller."
+            f" has {smallest}: load it larger, or the strokes will be smaller."
         )
     if config.seed and not config.noise and config.init != "noise":
         yield f"seed={config.seed} changes nothing without noise: set noise=0.2 too."
@@ -1724,7 +1732,7 @@ def _name_of(source: Source) -> str:
     return "the picture"
 
 
-def _decode(source: Source, formats: Sequence[str]) -> Image.Image:
+def _decode(source: Source, formats: list[str]) -> Image.Image:
     """The picture with its pixels read, so that damage shows now."""
     if isinstance(source, Image.Image):
         picture = source
@@ -1761,8 +1769,7 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
 def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     """Any mode as RGB, or as RGBA where something is transparent."""
     if picture.mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        return ImageCms.profileToProfile(picture, lab, _srgb(), outputMode="RGB")
+        return _convert(picture, ImageCms.createProfile("LAB"))
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow turns La into
     if picture.mode == "F" or picture.mode.startswith("I"):
@@ -1780,8 +1787,12 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
         return rgb
 
 
-def _srgb() -> ImageCms.core.CmsProfile:
-    return ImageCms.createProfile("sRGB")
+def _convert(picture: Image.Image, profile: Any) -> Image.Image:
+    """From the colours of an ICC profile to sRGB."""
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB")
+    assert converted is not None  # it is only where a picture is changed in place
+    return converted
 
 
 def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
@@ -1791,7 +1802,7 @@ def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
     them that no pixel is above.
     """
     wide = picture.convert("F")
-    brightest = 65535 if ";16" in picture.mode else wide.getextrema()[1]
+    brightest: Any = 65535 if ";16" in picture.mode else wide.getextrema()[1]
     whites = [white for white in (1, 255, 65535) if brightest <= white]
     white = whites[0] if whites else brightest
     return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
@@ -1806,7 +1817,7 @@ def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
         colors = rgb.convert("L")
     else:
         colors = rgb.convert("RGB")
-    converted = ImageCms.profileToProfile(colors, profile, _srgb(), outputMode="RGB")
+    converted = _convert(colors, profile)
     alpha = rgb.split()[3:]
     return Image.merge(rgb.mode, [*converted.split(), *alpha])
 
@@ -1901,8 +1912,8 @@ def _copy_transparency(photo: Source, picture: Image.Image) -> None:
 
 
 def _with_sources(
-    record: Mapping[str, object], photo: Source | None, paintings: Sequence[Source]
-) -> dict[str, object]:
+    record: Mapping[str, Any], photo: Source | None, paintings: Sequence[Source]
+) -> dict[str, Any]:
     """The record with the SHA-256 of each file that the pictures were read from."""
     inputs = [dict(record["photo"]), *(dict(painting) for painting in record["paintings"])]
     for known, source in zip(inputs, [photo, *paintings], strict=False):
@@ -2022,7 +2033,7 @@ def _name_file(draft: Path, path: Path) -> None:
 
 def describe_run(
     pictures: Pictures, config: StyleTransferConfig, network: VGG19Features
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a picture remembers of its run, in plain JSON; of what was "auto", what it came to."""
     settings = {
         **asdict(config),
@@ -2055,12 +2066,12 @@ def describe_run(
     }
 
 
-def _describe_picture(image: Tensor) -> dict[str, object]:
+def _describe_picture(image: Tensor) -> dict[str, Any]:
     height, width = image.shape[2:]
     return {"sha256": None, "size": [width, height]}
 
 
-def read_record(source: str | os.PathLike | bytes) -> dict[str, object]:
+def read_record(source: str | os.PathLike | bytes) -> dict[str, Any]:
     """What a PNG of ``save_image``, a path or its bytes, remembers of its run.
 
     Only the text of the file is read, no pixel. Raises ``FileNotFoundError`` for a missing file,
@@ -2085,7 +2096,7 @@ def read_record(source: str | os.PathLike | bytes) -> dict[str, object]:
     return record
 
 
-def settings_from_png(source: str | os.PathLike | bytes, **given: object) -> StyleTransferConfig:
+def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleTransferConfig:
     """The settings that a PNG of ``save_image`` was painted with, ``given`` ones replaced.
 
     With the same pictures they give the same picture again on the same machine. A device or a
@@ -2118,7 +2129,7 @@ def settings_from_png(source: str | os.PathLike | bytes, **given: object) -> Sty
     return _for_this_machine(config, name)
 
 
-def _own_pictures(record: Mapping[str, object]) -> list[str]:
+def _own_pictures(record: Mapping[str, Any]) -> list[str]:
     """Which of masks, keep and start the run had; version 1 kept them among the settings."""
     known = record.get("own_pictures") if record["version"] != 1 else record["settings"]
     known = known if isinstance(known, dict) else {}
@@ -2128,7 +2139,7 @@ def _own_pictures(record: Mapping[str, object]) -> list[str]:
     return names
 
 
-def _settings_of_version_1(settings: Mapping[str, object]) -> dict[str, object]:
+def _settings_of_version_1(settings: Mapping[str, Any]) -> dict[str, Any]:
     """As the settings of today: pictures are none of them any more."""
     today = {name: value for name, value in settings.items() if name not in ("masks", "keep")}
     if str(today.get("init")).startswith("sha256:"):
@@ -2714,7 +2725,7 @@ def sweep(
     masks: Sequence[Tensor] = (),
     keep: Tensor | None = None,
     start: Tensor | None = None,
-    **values: Sequence[object],
+    **values: Sequence[Any],
 ) -> dict[str, Tensor]:
     """Paint with each value of one setting, or each pair of values of two, side by side.
 
@@ -2750,7 +2761,7 @@ def sweep(
 
 
 def _configs_of_sweep(
-    config: StyleTransferConfig, values: Mapping[str, Sequence[object]]
+    config: StyleTransferConfig, values: Mapping[str, Sequence[Any]]
 ) -> dict[str, StyleTransferConfig]:
     """{label: config} for every combination of the values."""
     if len(values) not in (1, 2):
@@ -3052,7 +3063,7 @@ class Panel:
         self.paint_button.on_click(earlier.start, remove=True)
         self.paint_button.on_click(self.start)
 
-    def _take_upload(self, which: str, change: Mapping[str, object]) -> None:
+    def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture, and say so; else keep what was chosen."""
         files = change["new"]
         for file in files.values() if isinstance(files, dict) else files:  # ipywidgets 7 has a dict
@@ -3068,7 +3079,7 @@ class Panel:
             self._say(f"Your {which} is taken.")
         self._refresh()
 
-    def _take_settings(self, change: Mapping[str, object] | None = None) -> None:
+    def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         values = {name: control.value for name, control in self.controls.items()}
         steps = max(1, round(self.base.num_steps * values["quality"]))
         if values["size"] != self.config.max_size:
