@@ -12,12 +12,12 @@ Conventions
 - "content" is the photo, "styles" are the paintings, and a "step" is one update of the picture.
 
 Contents: read from the top, and stop after section 4 if the method is all you came for.
- 1. Settings              StyleTransferConfig: every knob, with its unit and its range
+ 1. Settings              StyleTransferConfig: every setting, with its unit and its range
  2. Losses                Gram matrices; how far a picture is from the photo and the painting
  3. The network           VGG19Features: what VGG19 sees, layer by layer
  4. Painting              stylize: from coarse to fine, one step after another
  5. Colours and regions   match_colors, masks
- 6. Checks                what does not fit is said before the first step
+ 6. Checks                invalid input is reported before the first step
  7. Pictures in           load_image: any file, made into a tensor
  8. Pictures out          save_image, autosave, and the record that a PNG carries
  9. Weights               where VGG19's weights come from
@@ -105,16 +105,16 @@ __all__ = [
     "watch",
 ]
 
-Features = Mapping[str, Tensor]  # {layer name: what it gives}
+Features = Mapping[str, Tensor]  # {layer name: its output}
 Size = tuple[int, int]  # (H, W), in pixels
 
 
 class StyleTransferWarning(UserWarning):
-    """The kind of all warnings here: the work goes on, and the text says how."""
+    """Base class of all warnings here: the work goes on, and the text says how."""
 
 
 class SettingsWarning(StyleTransferWarning):
-    """A setting, a mask or a start has less effect, or another one, than its user may expect."""
+    """A setting, a mask or a start has less or a different effect than expected."""
 
 
 class PictureWarning(StyleTransferWarning):
@@ -122,7 +122,7 @@ class PictureWarning(StyleTransferWarning):
 
 
 class WeightsWarning(StyleTransferWarning):
-    """Other weights are used than those asked for first."""
+    """Weights other than the requested ones are used."""
 
 
 class RecoveryWarning(StyleTransferWarning):
@@ -155,8 +155,8 @@ LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 
-SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can see
-LARGEST_NUMBER = 2**63  # what torch can hold as a whole number
+SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
+LARGEST_NUMBER = 2**63  # every number must stay below it: torch cannot hold larger ones
 
 COLORS = ("style", "content", "luminance")
 STARTS = ("content", "noise", "style")
@@ -171,7 +171,7 @@ def block_of(name: str) -> int:
 
 
 def stride_of(layer: str) -> int:
-    """How many pixels of the picture, each way, make one position of ``layer``."""
+    """Pixels of the picture per position of ``layer``, along each side."""
     return 2 ** (block_of(layer) - 1)
 
 
@@ -179,11 +179,12 @@ def stride_of(layer: str) -> int:
 class StyleTransferConfig:
     """Every setting of a run: numbers, words and layers, checked when they are set.
 
-    ``dataclasses.replace(config, style_weight=60)`` gives a changed copy. A config compares,
-    prints, and goes through JSON (``StyleTransferConfig(**json.loads(text))``) as it is.
+    ``dataclasses.replace(config, style_weight=60)`` gives a changed copy. A config supports
+    ==, prints readably, and survives JSON: ``StyleTransferConfig(**json.loads(text))``.
 
     Size and effort
-        max_size: long side of the result, in pixels, 16 and up; a smaller photo is not enlarged.
+        max_size: long side in pixels, 16 and up, at which pictures are loaded and painted.
+            ``stylize`` paints the photo at the size that it is given.
         num_steps: updates of the picture, over all scales, 1 and up.
         scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop.
     What counts
@@ -191,14 +192,14 @@ class StyleTransferConfig:
         style_weight: 0 and up, how strongly the painting's style is matched.
         tv_weight: 0 and up, total variation: how smooth neighbouring pixels are kept.
     The artist's controls
-        color: whose colours, "style", "content" (the photo's palette) or "luminance" (the colour
-            of each pixel of the photo, exactly).
+        color: which colours to use, "style" (the painting's), "content" (the photo's palette) or
+            "luminance" (the colour of each pixel of the photo, exactly).
         style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
             side. A painting is never enlarged.
         style_blend: with several paintings, one number for each, 0 and up, or "equal".
         init: where the picture starts, "content", "noise" or "style".
         noise: 0 and up, the standard deviation of the noise added to the start.
-        seed: 0 and up, which noise.
+        seed: 0 and up, the seed of the noise.
     The method
         optimizer: "adam", or the paper's "lbfgs".
         learning_rate: above 0, the size of a step on pixels in [0, 1], at full size. L-BFGS takes
@@ -206,7 +207,8 @@ class StyleTransferConfig:
         content_layers, style_layers: names of layers, out of relu1_1 ... relu5_4.
         style_layer_weights: one number for each style layer, 0 and up.
         pooling: "max", or the paper's "average".
-        weights: which VGG19, "auto", "torchvision", "bundled", or the path of a checkpoint.
+        weights: where VGG19's weights come from, "auto", "torchvision", "bundled", or the path of
+            a checkpoint.
     The machine
         precision: of the convolutions, "auto", "float32", "bfloat16" or "float16".
         checkpoint: True computes in strips, in a fraction of the memory and about twice the time;
@@ -253,7 +255,7 @@ class StyleTransferConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = _as_plain_value(getattr(self, setting.name))
-            object.__setattr__(self, setting.name, value)  # the way into a frozen dataclass
+            object.__setattr__(self, setting.name, value)  # plain assignment is blocked here
         self._check_numbers()
         self._check_words()
         self._check_layers()
@@ -304,10 +306,10 @@ SMALLEST_NORM = 1e-12  # a target that is all zero would divide by zero
 
 
 def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
-    """Which channels of a layer are strong together, wherever that is: G = F Fᵀ / (H W).
+    """Which channels are active together, regardless of position: G = F Fᵀ / (H W).
 
     Takes features (B, C, H, W) and gives (B, C, C), in float32: equation 3 of the paper. With a
-    ``guide`` (R, 1, H, W), which says for R regions how much each position counts, the features
+    ``guide`` (R, 1, H, W), which weights each position in each of R regions, the features
     must be one picture's, and the result is (R, C, C), one matrix a region.
 
     Example: ``gram_matrix(torch.ones(1, 2, 4, 4))`` is a (1, 2, 2) tensor of ones.
@@ -330,8 +332,8 @@ class _GramProduct(torch.autograd.Function):
     """FᵀF in float32, (B, N, C) -> (B, C, C), in chunks, and its gradient in the layout of F.
 
     Autograd's own way makes a float32 copy of the features, which at relu1_1 (64 channels at full
-    size) is the largest tensor of a run in half precision, and a gradient in another layout than
-    the convolutions need.
+    size) is the largest tensor of a run in half precision, and its gradient has the wrong memory
+    layout for the convolutions.
     """
 
     @staticmethod
@@ -347,7 +349,7 @@ class _GramProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
         (rows,) = ctx.saved_tensors
-        both_halves = grad + grad.mT  # each product of two channels stands on both sides
+        both_halves = grad + grad.mT  # G is symmetric: each product appears twice
         result = torch.empty_like(rows)
         parts = rows.split(GRAM_POSITIONS, dim=1)
         for target, part in zip(result.split(GRAM_POSITIONS, dim=1), parts, strict=True):
@@ -377,9 +379,9 @@ def calculate_style_loss(
 
     ``generated_grams`` and ``style_grams`` are Gram matrices, {layer: (R, C, C)}, of the picture
     and of the painting (``gram_matrices`` makes them of features); the layers are those of
-    ``style_grams``, and ``layer_weights`` gives them unequal parts in the average. Of R regions,
+    ``style_grams``, weighted by ``layer_weights``. Of R regions,
     each counts as much as its number in ``region_shares``. 0 is a perfect match. Equations 4 and
-    5 of the paper divide by 4 N² M² instead. Departure: relative, so no layer drowns another.
+    5 of the paper divide by 4 N² M² instead. Departure: relative, so no layer dominates.
     """
     distances = []
     for layer, targets in style_grams.items():
@@ -448,8 +450,8 @@ def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 # 3. The network -----------------------------------------------------------------------------------
 
-STRIP_ROWS = 64  # rows of a block's input that are computed at once where memory is short; even
-FLOAT16_REDUCTION = 64  # float16 ends at 65,504, and some features reach 20,000
+STRIP_ROWS = 64  # rows of a block's input computed at once; even, so pooling splits no pair
+FLOAT16_REDUCTION = 64  # float16's maximum is 65,504, and some features reach 20,000
 
 
 class VGG19Features(nn.Module):
@@ -519,7 +521,7 @@ class VGG19Features(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and where pictures must be that it looks at."""
+        """Where the network is, and where its input must be."""
         return next(self.parameters()).device
 
     @property
@@ -535,7 +537,7 @@ class VGG19Features(nn.Module):
         grams: Collection[str] = (),
         checkpoint: bool = False,
     ) -> dict[str, Tensor]:
-        """The features of ``layers`` (without it, of all that the network was made for).
+        """The features of ``layers``; by default, of all the network's layers.
 
         For the layers in ``grams`` it gives their Gram matrices, (1, C, C), instead. With
         ``checkpoint`` each block runs in strips, and again for the gradient: about twice the
@@ -593,7 +595,7 @@ def _pool_before_relu(block: list[str], layers: Collection[str]) -> list[str]:
     """The block with its last two modules swapped, unless that ReLU's features are asked for.
 
     The maximum of rectified numbers is the rectified maximum: the result is the same to the bit,
-    and the ReLU has a quarter of the work.
+    and the ReLU does a quarter of the work.
     """
     *others, last_but_one, last = block or ["", ""]
     if last.startswith("pool") and last_but_one not in layers:
@@ -646,8 +648,8 @@ def _fold_input(
 def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights for features that are 64 times smaller, in every layer.
 
-    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on. The
-    losses are relative and do not notice.
+    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on, and
+    the losses, being relative, are unaffected.
     """
     reduced = dict(tensors)
     for name, tensor in tensors.items():
@@ -696,7 +698,7 @@ def _run_in_strips(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What ``run(x, all rows)`` gives, computed a strip at a time.
 
-    Of each strip only the result is kept; the gradient computes the rest anew. The ``halo`` is
+    Of each strip only the result is kept; the gradient recomputes the rest. The ``halo`` is
     the number of convolutions, since each 3 x 3 filter reaches one row further.
     """
     strips = _cut_into_strips(x.shape[2], halo)
@@ -721,17 +723,17 @@ def _join_strips(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
 # 4. Painting --------------------------------------------------------------------------------------
 
 MARGIN = 4  # pixels
-AVERAGE_DECAY = 0.8  # of the average that there is, in each step
+AVERAGE_DECAY = 0.8  # share of the old average that each step keeps
 SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
-SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale, where nobody says how many there are
+SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 STEP_SHARES = (4, 4, 5, 8)  # of num_steps, from the finest scale on; the last is that of all others
 COARSEST_SHARE = 20
 RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
 ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
 LBFGS_HISTORY = 20  # steps that L-BFGS remembers
-LONGEST_STEP = 1.5  # learning rates that L-BFGS may move a pixel in the mean
-STEP_LOCK = Lock()  # threads that share the cores take far longer than one after the other
+LONGEST_STEP = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
+STEP_LOCK = Lock()  # runs that share the cores in parallel are slower than taking turns
 
 Limits = tuple[float, float] | tuple[Tensor, Tensor]  # of a pixel: for all alike, or for each
 
@@ -765,7 +767,7 @@ class Scale:
 
     @property
     def work(self) -> int:
-        """In pixels painted."""
+        """How many pixels are painted in all its steps."""
         return self.steps * painted_pixels(self.size)
 
 
@@ -781,7 +783,7 @@ class Pictures:
 
     @property
     def size(self) -> Size:
-        """Of the photo, and so of the result."""
+        """The size of the photo, and so of the result."""
         height, width = self.content.shape[2:]
         return height, width
 
@@ -811,14 +813,14 @@ def stylize(
     All pictures are (1, 3, H, W) RGB tensors in [0, 1], of any sizes, as ``load_image`` gives
     them. The result has the size of the content, on the device of the network.
 
-    styles: one painting, or several, which are blended, or go where their masks are white.
-    network: saves loading one anew; its weights and its precision are those that are used.
+    styles: one painting, or several, which are blended, or placed where their masks are white.
+    network: a loaded network to reuse; its weights and its precision are the ones used.
     masks: one for each painting, white where it goes, grey where it goes partly.
     keep: white where the photo stays as it is.
     start: a picture to go on from, such as an earlier result, at its size and up.
 
     Keep ``step.image``, not the steps, of a long run. Raises ``ValueError`` before the first step
-    for whatever does not fit, and warns with a ``SettingsWarning``, or during the run with a
+    for invalid input, and warns with a ``SettingsWarning``, or during the run with a
     ``RecoveryWarning``.
 
     Example::
@@ -1134,7 +1136,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the picture is to look like, to the network, at one size."""
+    """What the network should see in the picture, at one size."""
 
     content: Features  # {layer: (1, C, h, w)}
     style: Features  # {layer: (R, C, C)}, for R regions, or 1
@@ -1143,7 +1145,7 @@ class Targets:
 def find_targets(look: Look, photo: Tensor, styles: Sequence[Tensor]) -> Targets:
     """The features of the photo, and the Gram matrices of the paintings.
 
-    Several paintings are blended, which costs no step any time, or have a region each.
+    Several paintings are blended, at no cost per step, or have a region each.
     """
     config = look.config
     long_side = round(config.style_scale * max(photo.shape[2:]))
@@ -1159,7 +1161,7 @@ def find_targets(look: Look, photo: Tensor, styles: Sequence[Tensor]) -> Targets
 
 
 def blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
-    """How much of each of ``count`` paintings, with a sum of 1."""
+    """The weight of each of ``count`` paintings; they sum to 1."""
     if isinstance(config.style_blend, str):
         return [1 / count] * count
     return [weight / sum(config.style_blend) for weight in config.style_blend]
@@ -1307,7 +1309,7 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
 
     Every pixel x becomes Σt^½ Σi^-½ (x − μi) + μt: Gatys et al. (2017), section 5. The result may
     leave [0, 1]. A direction in which the image hardly varies, as in a grey picture, is not
-    blown up.
+    amplified.
     """
     pixels = image[0].flatten(1).double().cpu()  # (C, H W)
     target_pixels = target[0].flatten(1).double().cpu()
@@ -1566,7 +1568,7 @@ def _check_memory(
     """Linux lets a process take more than there is, and then kills it without a word."""
     free = free_memory(device)
     size = pictures.size
-    checkpoint = config.checkpoint is not False  # without being told not to, it may use them
+    checkpoint = config.checkpoint is not False  # a run uses them unless that is forbidden
 
     def fits(long_side: int) -> bool:
         smaller = shrunk_size(size, max(size) / long_side)
@@ -2964,7 +2966,7 @@ class Panel:
     config, sources: where the controls begin; sources is {"photo": ..., "painting": ...}, each as
         ``load_image`` takes it.
     folder: where pictures are saved.
-    network: saves loading one anew.
+    network: a loaded network to reuse.
     earlier: the panel that this one takes the place of, after its cell was run again. What was
         uploaded there stays, unless ``sources`` names another file now, and so does a run that
         is still painting.
