@@ -47,12 +47,12 @@ import time
 import timeit
 import urllib.request
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -80,10 +80,8 @@ __all__ = [
     "WeightsWarning",
     "autosave",
     "calculate_content_loss",
-    "calculate_losses",
     "calculate_style_loss",
     "estimate",
-    "gram_matrices",
     "gram_matrix",
     "load_image",
     "match_colors",
@@ -98,6 +96,7 @@ __all__ = [
     "settings_from_png",
     "show_images",
     "shrink_to",
+    "style_statistics",
     "stylize",
     "sweep",
     "to_pil",
@@ -153,15 +152,19 @@ def _vgg19_module_names() -> list[str]:
 VGG19_MODULES = tuple(_vgg19_module_names())
 LAYERS = tuple(name for name in VGG19_MODULES if name.startswith("relu"))
 CONTENT_LAYERS = ("relu4_2",)
-STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+# Departure: the paper has relu5_1 too. It sees whole things, such as the face in a portrait, and
+# would paint them.
+STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
 
 SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
 LARGEST_NUMBER = 2**63  # every number must stay below it: torch cannot hold larger ones
 
 COLORS = ("style", "content", "luminance")
 STARTS = ("content", "noise", "style")
-OPTIMIZERS = ("adam", "lbfgs")
+OPTIMIZERS = ("lbfgs", "adam")
 POOLINGS = ("max", "average")
+QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 5.0}  # of the normal number of steps
+NORMAL_STEPS = 75
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -185,12 +188,17 @@ class StyleTransferConfig:
     Size and effort
         max_size: long side in pixels, 16 and up, at which pictures are loaded and painted.
             ``stylize`` paints the photo at the size that it is given.
-        num_steps: updates of the picture, over all scales, 1 and up.
+        quality: "quick", "normal" or "best": a third of the normal steps, all, or five times as
+            many.
+        num_steps: updates of the picture, over all scales, 1 and up; "auto" goes by ``quality``.
+        seconds: above 0, how long a run may take instead; the steps follow from the measured
+            speed, and so does the picture. Without ``num_steps``.
         scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop.
     What counts
         content_weight: 0 and up, how much of the photo stays.
         style_weight: 0 and up, how strongly the painting's style is matched.
         tv_weight: 0 and up, total variation: how smooth neighbouring pixels are kept.
+        detail: 0 to 1, how much of the photo's fine detail comes back.
     The artist's controls
         color: which colours to use, "style" (the painting's), "content" (the photo's palette) or
             "luminance" (the colour of each pixel of the photo, exactly).
@@ -201,7 +209,7 @@ class StyleTransferConfig:
         noise: 0 and up, the standard deviation of the noise added to the start.
         seed: 0 and up, the seed of the noise.
     The method
-        optimizer: "adam", or the paper's "lbfgs".
+        optimizer: the paper's "lbfgs", or "adam".
         learning_rate: above 0, the size of a step on pixels in [0, 1], at full size. L-BFGS takes
             it as the length of its first step, and one and a half times it as the limit.
         content_layers, style_layers: names of layers, out of relu1_1 ... relu5_4.
@@ -222,20 +230,23 @@ class StyleTransferConfig:
     """
 
     max_size: int = 512
-    num_steps: int = 75
+    quality: str = "normal"
+    num_steps: int | str = "auto"
+    seconds: float | None = None
     scales: int | str = "auto"
-    content_weight: float = 2.5
+    content_weight: float = 6.0
     style_weight: float = 30.0
     tv_weight: float = 2.0
+    detail: float = 1.0
     color: str = "style"
     style_scale: float = 1.0
     style_blend: tuple[float, ...] | str = "equal"
     init: str = "content"
-    optimizer: str = "adam"
+    optimizer: str = "lbfgs"
     learning_rate: float = 0.02
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
-    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0, 1.0)
+    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0)
     pooling: str = "max"
     weights: str = "auto"
     precision: str = "auto"
@@ -262,12 +273,20 @@ class StyleTransferConfig:
 
     def _check_numbers(self) -> None:
         _check_whole_number("max_size", self.max_size, minimum=SMALLEST_SIDE)
-        _check_whole_number("num_steps", self.num_steps, minimum=1)
         _check_whole_number("seed", self.seed, minimum=0)
         for name in ("content_weight", "style_weight", "tv_weight", "noise"):
             _check_number(name, getattr(self, name))
         _check_positive("learning_rate", self.learning_rate)
         _check_positive("style_scale", self.style_scale)
+        if not (_is_number(self.detail) and 0 <= self.detail <= 1):
+            raise ValueError(f"detail must be a number from 0 to 1, not {in_words(self.detail)}.")
+        if self.num_steps != "auto":
+            _check_whole_number("num_steps", self.num_steps, minimum=1, or_word="'auto' or ")
+        if self.seconds is not None:
+            _check_positive("seconds", self.seconds)
+        if self.seconds is not None and self.num_steps != "auto":
+            both = f"seconds={self.seconds:g} and num_steps={self.num_steps}"
+            raise ValueError(f"Only one of seconds and num_steps can be set, not {both}.")
         if self.content_weight + self.style_weight == 0:
             raise ValueError("content_weight and style_weight must not both be 0.")
 
@@ -276,6 +295,7 @@ class StyleTransferConfig:
         _check_choice("init", self.init, STARTS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("quality", self.quality, tuple(QUALITIES))
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("checkpoint", self.checkpoint, ("auto", True, False))
         if self.scales != "auto":
@@ -301,7 +321,7 @@ class StyleTransferConfig:
 
 # 2. Losses ----------------------------------------------------------------------------------------
 
-GRAM_POSITIONS = 2**14  # how many positions are multiplied at once: no full-size float32 copy
+POSITIONS_AT_ONCE = 2**14  # that are multiplied: no full-size float32 copy is made
 SMALLEST_NORM = 1e-12  # a target that is all zero would divide by zero
 
 
@@ -316,20 +336,41 @@ def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
     """
     if guide is not None:
         features = features * guide.to(features.dtype)  # (R, C, H, W)
-    # Channels last is how the features lie in memory, so this copies nothing.
+    return _moments(features)[:, :-1]
+
+
+def style_statistics(
+    features: Features, layers: Collection[str] | None = None, guides: Features | None = None
+) -> dict[str, Tensor]:
+    """What the style of a picture is measured by: its Gram matrices, and its channels' means.
+
+    Takes {layer: (B, C, H, W)} and gives, for each of ``layers`` (by default all), (B, C + 1, C):
+    the Gram matrix, and below it the mean of each channel. With ``guides``, {layer: (R, 1, H, W)}
+    of mean square 1, it is one such matrix for each of R regions.
+    """
+    guides = guides or {}
+    chosen = features if layers is None else layers
+    return {layer: layer_statistics(features[layer], guides.get(layer)) for layer in chosen}
+
+
+def layer_statistics(features: Tensor, guide: Tensor | None = None) -> Tensor:
+    """The ``style_statistics`` of one layer."""
+    if guide is None:
+        return _moments(features)
+    weights = guide.square().to(features.dtype)  # with a mean of 1
+    means = (features * weights).float().mean((2, 3))  # (R, C)
+    return torch.cat([gram_matrix(features, guide), means[:, None]], dim=1)
+
+
+def _moments(features: Tensor) -> Tensor:
+    # Channels last is how the network's features lie in memory, so this copies nothing.
     rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
     positions = rows.shape[1]
-    return _GramProduct.apply(rows) / positions  # Departure: the mean, so that sizes compare
+    return _SumsOfProducts.apply(rows) / positions  # Departure: the mean, so that sizes compare
 
 
-def gram_matrices(features: Features, guides: Features | None = None) -> dict[str, Tensor]:
-    """The Gram matrix of each layer: {layer: (B, C, H, W)} becomes {layer: (B, C, C)}."""
-    guides = guides or {}
-    return {layer: gram_matrix(found, guides.get(layer)) for layer, found in features.items()}
-
-
-class _GramProduct(torch.autograd.Function):
-    """FᵀF in float32, (B, N, C) -> (B, C, C), in chunks, and its gradient in the layout of F.
+class _SumsOfProducts(torch.autograd.Function):
+    """FᵀF, and below it the sums of the columns of F: (B, N, C) -> (B, C + 1, C), in float32.
 
     Autograd's own way makes a float32 copy of the features, which at relu1_1 (64 channels at full
     size) is the largest tensor of a run in half precision, and its gradient has the wrong memory
@@ -340,20 +381,24 @@ class _GramProduct(torch.autograd.Function):
     def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(rows)
         batch, _, channels = rows.shape
-        product = torch.zeros(batch, channels, channels, device=rows.device)
-        for part in rows.split(GRAM_POSITIONS, dim=1):
+        sums = torch.zeros(batch, channels + 1, channels, device=rows.device)
+        for part in rows.split(POSITIONS_AT_ONCE, dim=1):
             part = part.float()
-            product += part.mT @ part
-        return product
+            sums[:, :-1] += part.mT @ part
+            sums[:, -1] += part.sum(1)
+        return sums
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
         (rows,) = ctx.saved_tensors
-        both_halves = grad + grad.mT  # G is symmetric: each product appears twice
+        of_products = grad[:, :-1]
+        of_sums = grad[:, -1:]
+        both_halves = of_products + of_products.mT  # FᵀF is symmetric: each product appears twice
         result = torch.empty_like(rows)
-        parts = rows.split(GRAM_POSITIONS, dim=1)
-        for target, part in zip(result.split(GRAM_POSITIONS, dim=1), parts, strict=True):
-            target.copy_(part.float() @ both_halves)
+        parts = rows.split(POSITIONS_AT_ONCE, dim=1)
+        targets = result.split(POSITIONS_AT_ONCE, dim=1)
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part.float() @ both_halves + of_sums)
         return result
 
 
@@ -366,34 +411,50 @@ def calculate_content_loss(generated: Features, content: Features) -> Tensor:
     the loss is relative, so it means the same in any layer, at any size, with any weights.
     """
     distances = [_relative_distance(generated[layer], content[layer]) for layer in content]
-    return weighted_mean(distances, [1.0] * len(distances))
+    return torch.stack(distances).mean()
 
 
 def calculate_style_loss(
-    generated_grams: Features,
-    style_grams: Features,
+    generated: Features,
+    style: Features,
     layer_weights: Sequence[float] | None = None,
     region_shares: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """How far a picture is from the painting's style: ‖G − A‖² / ‖A‖², averaged over the layers.
+    """How far a picture is from the painting's style, averaged over the layers.
 
-    ``generated_grams`` and ``style_grams`` are Gram matrices, {layer: (R, C, C)}, of the picture
-    and of the painting (``gram_matrices`` makes them of features); the layers are those of
-    ``style_grams``, weighted by ``layer_weights``. Of R regions,
-    each counts as much as its number in ``region_shares``. 0 is a perfect match. Equations 4 and
-    5 of the paper divide by 4 N² M² instead. Departure: relative, so no layer dominates.
+    ``generated`` and ``style`` are the ``style_statistics`` of the picture and of the painting,
+    {layer: (R, C + 1, C)}; the layers are those of ``style``, weighted by ``layer_weights``. Of R
+    regions, each counts as much as its number in ``region_shares``. 0 is a perfect match.
+
+    Equations 4 and 5 of the paper are Σ (G − A)² / (4 N² M²), G and A the Gram matrices.
+    Departure: the loss is relative, so no layer dominates. Departure: a Gram matrix is taken
+    apart, G = C + μμᵀ, into the channels' means μ and their covariances C, and the loss is
+    ‖C − Ca‖² / ‖Ca‖² + ‖μ − μa‖² / ‖μa‖². The means alone make up most of a Gram matrix, and
+    would hide what strokes are made of: how channels vary together.
     """
     distances = []
-    for layer, targets in style_grams.items():
-        grams = generated_grams[layer]
-        if grams.shape != targets.shape:
-            expected, given = tuple(targets.shape), tuple(grams.shape)
-            advice = "gram_matrices(features) makes Gram matrices of features"
+    for layer, targets in style.items():
+        found = generated[layer]
+        if found.shape != targets.shape:
+            expected, given = tuple(targets.shape), tuple(found.shape)
+            advice = "style_statistics(features) makes it of features"
             raise ValueError(f"{layer} must have the shape {expected}, not {given}: {advice}.")
-        regions = zip(grams, targets, strict=True)
-        of_regions = [_relative_distance(gram, target) for gram, target in regions]
+        regions = zip(found, targets, strict=True)
+        of_regions = [_style_distance(region, target) for region, target in regions]
         distances.append(_weighted_sum(of_regions, region_shares))
     return weighted_mean(distances, layer_weights or [1.0] * len(distances))
+
+
+def _style_distance(statistics: Tensor, target: Tensor) -> Tensor:
+    """Of one layer's statistics, (C + 1, C), in one region."""
+    covariances = _relative_distance(_covariances(statistics), _covariances(target))
+    means = _relative_distance(statistics[-1], target[-1])
+    return covariances + means
+
+
+def _covariances(statistics: Tensor) -> Tensor:
+    gram, mean = statistics[:-1], statistics[-1]
+    return gram - torch.outer(mean, mean)
 
 
 def total_variation_loss(image: Tensor) -> Tensor:
@@ -410,19 +471,18 @@ def total_variation_loss(image: Tensor) -> Tensor:
 def calculate_losses(
     image: Tensor,
     features: Features,
-    grams: Features,
-    content_features: Features,
-    style_grams: Features,
+    statistics: Features,
+    targets: "Targets",
     config: StyleTransferConfig,
-    region_shares: Sequence[float] = (1.0,),
 ) -> dict[str, Tensor]:
-    """The losses of ``image``, which has these ``features`` and ``grams``, and their weighted sum.
+    """The losses of ``image``, which has these ``features`` and style ``statistics``.
 
     Gives {"content", "style", "tv", "total"}, 0-d each. The total is equation 7 of the paper,
     content_weight × content + style_weight × style, plus tv_weight × tv.
     """
-    content = calculate_content_loss(features, content_features)
-    style = calculate_style_loss(grams, style_grams, config.style_layer_weights, region_shares)
+    content = calculate_content_loss(features, targets.content)
+    layer_weights, shares = config.style_layer_weights, targets.region_shares
+    style = calculate_style_loss(statistics, targets.style, layer_weights, shares)
     tv = total_variation_loss(image)
     weighted_content = config.content_weight * content
     weighted_style = config.style_weight * style
@@ -534,12 +594,12 @@ class VGG19Features(nn.Module):
         image: Tensor,
         layers: Collection[str] | None = None,
         *,
-        grams: Collection[str] = (),
+        statistics: Collection[str] = (),
         checkpoint: bool = False,
     ) -> dict[str, Tensor]:
         """The features of ``layers``; by default, of all the network's layers.
 
-        For the layers in ``grams`` it gives their Gram matrices, (1, C, C), instead. With
+        For those in ``statistics`` it gives ``style_statistics``, (1, C + 1, C), instead. With
         ``checkpoint`` each block runs in strips, and again for the gradient: about twice the
         time in a fraction of the memory. ``ValueError`` for a layer it was not made for.
         """
@@ -550,7 +610,7 @@ class VGG19Features(nn.Module):
         found: dict[str, Tensor] = {}
         x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
         for block in _cut_after(self.blocks, wanted):
-            run = functools.partial(self._run_block, block, wanted, grams)
+            run = functools.partial(self._run_block, block, wanted, statistics)
             if checkpoint:
                 convolutions = sum(name.startswith("conv") for name in block)
                 outputs, x = _run_in_strips(run, x, halo=convolutions)
@@ -563,20 +623,23 @@ class VGG19Features(nn.Module):
         self,
         block: Sequence[str],
         wanted: Collection[str],
-        grams: Collection[str],
+        statistics: Collection[str],
         x: Tensor,
         rows: slice,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The wanted outputs of ``block`` for these ``rows`` of ``x``, and the next one's input."""
+        """The wanted outputs of ``block``, and the next block's input.
+
+        ``rows`` are those of ``x`` that count; around them lies the halo of a strip, if any.
+        """
         outputs = {}
         for name in block:
             if name.startswith("pool"):
-                x = x[:, :, rows]  # what was around them has done its work
+                x = x[:, :, rows]  # the convolutions are done: drop the halo
                 rows = slice(None)
             x = self.network.get_submodule(name)(x)  # (1, C, h, w)
             if name in wanted:
                 found = x[:, :, rows]
-                outputs[name] = gram_matrix(found) if name in grams else found
+                outputs[name] = layer_statistics(found) if name in statistics else found
         return outputs, x[:, :, rows]
 
 
@@ -597,10 +660,10 @@ def _pool_before_relu(block: list[str], layers: Collection[str]) -> list[str]:
     The maximum of rectified numbers is the rectified maximum: the result is the same to the bit,
     and the ReLU does a quarter of the work.
     """
-    *others, last_but_one, last = block or ["", ""]
-    if last.startswith("pool") and last_but_one not in layers:
-        return [*others, last, last_but_one]
-    return block
+    if not block or not block[-1].startswith("pool") or block[-2] in layers:
+        return block
+    *others, relu, pool = block
+    return [*others, pool, relu]
 
 
 def _cut_after(blocks: Sequence[Sequence[str]], wanted: Collection[str]) -> list[list[str]]:
@@ -715,27 +778,14 @@ def _run_in_strips(
 
 
 def _join_strips(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """Features one below the other; of Gram matrices, which are means over rows, their mean."""
+    """Features one below the other; of statistics, which are means over rows, their mean."""
     is_features = parts[0].dim() == 4
     return torch.cat(list(parts), dim=2) if is_features else weighted_mean(parts, rows)
 
 
 # 4. Painting --------------------------------------------------------------------------------------
 
-MARGIN = 4  # pixels
-AVERAGE_DECAY = 0.8  # share of the old average that each step keeps
-SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
-SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
-STEP_SHARES = (4, 4, 5, 8)  # of num_steps, from the finest scale on; the last is that of all others
-COARSEST_SHARE = 20
-RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
-ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
-ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
-LBFGS_HISTORY = 20  # steps that L-BFGS remembers
-LONGEST_STEP = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
 STEP_LOCK = Lock()  # runs that share the cores in parallel are slower than taking turns
-
-Limits = tuple[float, float] | tuple[Tensor, Tensor]  # of a pixel: for all alike, or for each
 
 
 @dataclass(frozen=True)
@@ -757,23 +807,9 @@ class Step:
     record: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """One of the sizes that are painted: (H, W), how many steps, and the learning rate."""
-
-    size: Size
-    steps: int
-    rate: float
-
-    @property
-    def work(self) -> int:
-        """How many pixels are painted in all its steps."""
-        return self.steps * painted_pixels(self.size)
-
-
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The pictures of a run, each (1, 3, H, W) in [0, 1], as ``stylize`` was given them."""
+    """The pictures that ``stylize`` was given, each (1, 3, H, W) in [0, 1]."""
 
     content: Tensor
     styles: Sequence[Tensor]
@@ -786,16 +822,6 @@ class Pictures:
         """The size of the photo, and so of the result."""
         height, width = self.content.shape[2:]
         return height, width
-
-    def prepared(self, color: str, device: torch.device) -> "Pictures":
-        """Ready for painting on ``device``: with paintings in the photo's colours if need be."""
-        styles = self.styles
-        if color != "style":
-            photo = painted_channels(self.content, color)
-            paintings = [painted_channels(style, color) for style in styles]
-            styles = [match_colors(painting, photo).clamp(0, 1) for painting in paintings]
-        on_device = [style.to(device) for style in styles]
-        return replace(self, content=self.content.to(device), styles=on_device)
 
 
 def stylize(
@@ -836,19 +862,44 @@ def stylize(
     check_run(pictures, config, network)
     warn_about_run(pictures, config)
     network = VGG19Features.from_config(config) if network is None else network
-    record = describe_run(pictures, config, network)
-    return Run(pictures, config, network, record).steps()
+    num_steps = choose_num_steps(pictures, config, network)
+    return Run(pictures, config, network, num_steps).steps()
+
+
+# The run: one size after another.
+
+SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
+SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
+COARSEST_SHARE = 20  # of the steps, that the coarsest scale gets
+STEP_SHARES = (4, 4, 5, 8)  # that the others get, from the finest on; the last is for any more
+RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One of the sizes that are painted: (H, W), how many steps, and the learning rate."""
+
+    size: Size
+    steps: int
+    rate: float
+
+    @property
+    def work(self) -> int:
+        """How many pixels are painted in all its steps."""
+        return self.steps * painted_pixels(self.size)
 
 
 class Run:
-    """A run of ``stylize``: it paints one scale after another, and goes on when something fails.
+    """A run of ``stylize``: it paints one scale after another, and recovers when something fails.
 
     Departure: the paper paints at one size and starts from noise. Here a small size, where a step
     is cheap, settles the large shapes, and the start is a copy of the photo.
 
-    What changes while it runs: ``plan``, the scales to be painted yet; ``image``, what is painted
-    so far; ``done``, how many steps; ``notes``, what went wrong; ``network`` and ``config``, which
-    a recovery replaces; ``modes``, whether scales were painted with checkpoints, without, or both.
+    What changes while it runs: ``scale``, which is being painted, and ``left``, its steps still to
+    be taken; ``plan``, the scales still to be painted; ``image``, what is painted so far;
+    ``done`` and ``work_done``, in steps and in pixels; ``notes``, what went wrong; ``network`` and
+    ``config``, which a recovery replaces; ``checkpoint``, whether the scale is painted with
+    checkpoints, and ``modes``, whether scales were with, without, or both.
     """
 
     def __init__(
@@ -856,91 +907,98 @@ class Run:
         pictures: Pictures,
         config: StyleTransferConfig,
         network: VGG19Features,
-        record: Mapping[str, Any],
+        num_steps: int,
     ) -> None:
-        self.pictures = pictures.prepared(config.color, network.device)
+        self.record = describe_run(pictures, config, network)
+        self.models = find_models(pictures, config, network.device)
         self.config = config
         self.network = network
-        self.record = record
-        self.plan = plan_scales(pictures.size, config, pictures.start)
-        self.image = first_picture(self.pictures, self.plan[0].size, config)
+        self.pictures = pictures
+        self.plan = plan_scales(pictures.size, num_steps, config, pictures.start)
+        self.image = first_picture(self.models, self.plan[0].size, config)
         self.done = 0
         self.work_done = 0
         self.notes: list[str] = []
         self.modes: set[bool] = set()
-        self.began = time.perf_counter()
+        self.clock = Clock(config.seconds, self.plan)
 
     def steps(self) -> Iterator[Step]:
-        """Every step of the run, whatever happens on the way."""
+        """Yields every step of the run, whatever happens on the way."""
         while self.plan:
             self.scale = self.plan.pop(0)
+            self.left = self.scale.steps
             try:
                 yield from self.paint()
-                continue
             except FloatingPointError as error:
-                note = self.go_on_in_float32(error)
+                note = self.recover_in_float32(error)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                note = self.go_on_with_less_memory(error)
-            # The error is gone by now, and with it the memory that its traceback held.
+                note = self.recover_with_less_memory(error)
+            else:
+                continue
+            # The error is gone by now, and with it the memory that its traceback held. The rest
+            # of this scale is painted next.
             self.notes.append(note)
             warnings.warn(note, RecoveryWarning, stacklevel=2)
-            self.plan.insert(0, replace(self.scale, steps=self.steps_left_here))
+            self.plan.insert(0, replace(self.scale, steps=self.left))
 
     def paint(self) -> Iterator[Step]:
-        """The steps at one scale."""
-        self.checkpoint = choose_checkpoint(
-            self.scale.size, self.pictures, self.config, self.network.device, self.network.dtype
-        )
+        """Yields the steps at one scale."""
+        device, dtype = self.network.device, self.network.dtype
+        size = self.scale.size
+        self.checkpoint = choose_checkpoint(size, self.pictures, self.config, device, dtype)
         self.modes.add(self.checkpoint)
-        painting = paint_scale(
-            self.image, self.scale, self.pictures, self.config, self.network, self.checkpoint
-        )
+        extractor = FeatureExtractor(self.network, self.config, self.checkpoint)
+        painting = paint_scale(self.image, self.scale, self.models, self.config, extractor)
         with heap_options(keep_freed_blocks=not self.checkpoint):
             for painted, shown, losses in painting:
                 self.image = painted
                 self.done += 1
-                self.work_done += painted_pixels(self.scale.size)
+                self.work_done += painted_pixels(size)
+                self.left -= 1
+                if self.clock.is_over(self.scale):
+                    self.left = 0
                 yield self.make_step(shown, losses)
-
-    @property
-    def steps_left_here(self) -> int:
-        """At the scale that is being painted."""
-        later = sum(scale.steps for scale in self.plan)
-        return self.config.num_steps - self.done - later
+                if self.left == 0:
+                    return
 
     def make_step(self, shown: Tensor, losses: Mapping[str, Tensor]) -> Step:
-        """What the reader gets to see of this step, and what its picture remembers."""
-        here = replace(self.scale, steps=self.steps_left_here)
+        """The Step that is yielded, with what its picture remembers."""
+        total = self.done + self.left + sum(scale.steps for scale in self.plan)
+        here = replace(self.scale, steps=self.left)
         work_left = here.work + sum(scale.work for scale in self.plan)
         progress = self.work_done / (self.work_done + work_left)
-        (mode, *others) = self.modes
-        settings = {**self.record["settings"], "checkpoint": "auto" if others else mode}
+        final_size = self.plan[-1].size if self.plan else self.scale.size
+        settings = {
+            **self.record["settings"],
+            "num_steps": total,
+            "max_size": max(final_size),
+            "precision": name_of_dtype(self.network.dtype),
+            "checkpoint": "auto" if len(self.modes) > 1 else self.checkpoint,
+        }
         record = {
             **self.record,
             "settings": settings,
             "step": self.done,
-            "finished": self.done == self.config.num_steps,
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "finished": self.done == total,
+            "seconds": round(self.clock.seconds, 1),
             "notes": list(self.notes),
         }
-        return Step(self.done, self.config.num_steps, progress, shown, losses, record)
+        return Step(self.done, total, progress, shown, losses, record)
 
-    def go_on_in_float32(self, error: FloatingPointError) -> str:
-        """After a loss that is NaN or infinite: half precision may have overflowed."""
-        dtype = self.network.dtype
-        what = (
-            f"The loss of step {self.done + 1} became NaN or infinite in {dtype}, first in {error}"
-        )
-        if dtype == torch.float32:
+    def recover_in_float32(self, error: FloatingPointError) -> str:
+        """After a NaN or an infinity: half precision may have overflowed. Returns the note."""
+        dtype = name_of_dtype(self.network.dtype)
+        what = f"Step {self.done + 1} gave a NaN or an infinity in {dtype}, first in {error}"
+        if self.network.dtype == torch.float32:
             advice = f"the picture of step {self.done} is good; lower learning_rate"
             raise FloatingPointError(f"{what}: {advice}.") from error
         self.network = copy.deepcopy(self.network).float()  # the caller's stays as it is
         return f"{what}: the run goes on in float32 from the picture of step {self.done}."
 
-    def go_on_with_less_memory(self, error: Exception) -> str:
-        """After memory ran out: first with checkpoints, then at a smaller size."""
+    def recover_with_less_memory(self, error: Exception) -> str:
+        """After memory ran out: with checkpoints, then at a smaller size. Returns the note."""
         height, width = self.scale.size
         what = f"Memory ran out at {width} x {height} pixels"
         if not self.checkpoint:
@@ -950,49 +1008,50 @@ class Run:
         if min(smaller) < SMALLEST_SIDE:
             advice = "no smaller picture can be painted: close other programs"
             raise MemoryError(f"{what}, and {advice}.") from error
-        self.scale = replace(self.scale, size=smaller)
+        self.left += sum(scale.steps for scale in self.plan)
         self.plan = []
+        self.scale = replace(self.scale, size=smaller)
         return f"{what}: the result will have {smaller[1]} x {smaller[0]}."
 
 
 def plan_scales(
-    size: Size, config: StyleTransferConfig, start: Tensor | None = None
+    size: Size, num_steps: int, config: StyleTransferConfig, start: Tensor | None = None
 ) -> list[Scale]:
     """The sizes to be painted, coarse to fine, each with its part of ``num_steps``.
 
-    Each has half the pixels of the next; the last is ``size``. Nothing is planned below the size
-    of ``start``, since what was painted is not made smaller again.
+    Each has about half the pixels of the next; the last is ``size``. With few steps, the coarsest
+    get none. Nothing is planned below the size of ``start``: what is painted is not made smaller.
     """
-    sizes = _sizes_from_fine_to_coarse(size, config, start)
-    shares = [STEP_SHARES[min(number, len(STEP_SHARES) - 1)] for number in range(len(sizes) - 1)]
-    shares.append(COARSEST_SHARE)
+    sizes = _sizes_from_fine_to_coarse(size, num_steps, config, start)
+    shares = _step_shares(len(sizes))
     scales = []
     begin = 0
-    for number, scale_size in enumerate(sizes):
-        shares_so_far = sum(shares[: number + 1])
+    for number, scale_size in enumerate(sizes):  # how many scales are finer
         # Rounded up, so that the finest has at least one step.
-        end = math.ceil(config.num_steps * shares_so_far / sum(shares))
-        rate = config.learning_rate * (1 + RATE_GROWTH * number)  # what is large moves further
+        end = math.ceil(num_steps * sum(shares[: number + 1]) / sum(shares))
+        rate = config.learning_rate * (1 + RATE_GROWTH * number)  # large shapes move further
         scales.append(Scale(scale_size, end - begin, rate))
         begin = end
     return [scale for scale in reversed(scales) if scale.steps > 0]
 
 
+def _step_shares(count: int) -> list[int]:
+    """How the steps are shared out among ``count`` scales, from fine to coarse."""
+    last = len(STEP_SHARES) - 1
+    return [STEP_SHARES[min(number, last)] for number in range(count - 1)] + [COARSEST_SHARE]
+
+
 def _sizes_from_fine_to_coarse(
-    size: Size, config: StyleTransferConfig, start: Tensor | None
+    size: Size, num_steps: int, config: StyleTransferConfig, start: Tensor | None
 ) -> list[Size]:
-    if isinstance(config.scales, int):
-        most = config.scales
-        smallest = SMALLEST_SIDE
-    else:
-        most = config.num_steps
-        smallest = SMALLEST_LONG_SIDE
+    most_scales = config.scales if isinstance(config.scales, int) else num_steps
+    least_long_side = SMALLEST_SIDE if isinstance(config.scales, int) else SMALLEST_LONG_SIDE
     if start is not None:
-        smallest = max(smallest, *start.shape[2:])
+        least_long_side = max(least_long_side, *start.shape[2:])
     sizes = [size]
-    while len(sizes) < min(most, config.num_steps):
+    while len(sizes) < min(most_scales, num_steps):
         smaller = shrunk_size(size, SCALE_STEP ** len(sizes))
-        if max(smaller) < smallest or min(smaller) < SMALLEST_SIDE:
+        if max(smaller) < least_long_side or min(smaller) < SMALLEST_SIDE:
             break
         sizes.append(smaller)
     return sizes
@@ -1004,22 +1063,64 @@ def shrunk_size(size: Size, factor: float) -> Size:
     return round(height / factor), round(width / factor)
 
 
-def painted_pixels(size: Size) -> int:
-    """The pixels of a picture of ``size`` with its margin."""
-    height, width = size
-    return (height + 2 * MARGIN) * (width + 2 * MARGIN)
+# One size: what is aimed at, and where the picture starts.
+
+MARGIN = 4  # pixels
 
 
-def first_picture(pictures: Pictures, size: Size, config: StyleTransferConfig) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Models:
+    """What a picture is painted after, on the device of the network.
+
+    photo: shown where nothing is painted.
+    content: the photo in the colours that the picture is to have.
+    styles: the paintings, in the channels that are painted.
+    """
+
+    photo: Tensor
+    content: Tensor
+    styles: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    keep: Tensor | None
+    start: Tensor | None
+
+
+def find_models(pictures: Pictures, config: StyleTransferConfig, device: torch.device) -> Models:
+    """The pictures of a run in matching colours.
+
+    Departure: the photo is given the palette of the paintings before the first step, so that the
+    steps are left for strokes; or, with another ``color``, the paintings that of the photo.
+    """
+    content = pictures.content
+    styles = pictures.styles
+    if config.color == "style":
+        content = recolor(content, styles, pictures.masks, config)
+    else:
+        photo = painted_channels(content, config.color)
+        paintings = [painted_channels(style, config.color) for style in styles]
+        styles = [match_colors(painting, photo).clamp(0, 1) for painting in paintings]
+    return Models(
+        photo=pictures.content.to(device),
+        content=content.to(device),
+        styles=[style.to(device) for style in styles],
+        masks=pictures.masks,
+        keep=pictures.keep,
+        start=pictures.start,
+    )
+
+
+def first_picture(models: Models, size: Size, config: StyleTransferConfig) -> Tensor:
     """What is painted over first, at the coarsest size: (1, 3, H, W), or its luminance."""
     generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same everywhere
-    noise = torch.randn((1, 3, *size), generator=generator).to(pictures.content)
-    if pictures.start is not None:
-        start = pictures.start.to(pictures.content)
+    noise = torch.randn((1, 3, *size), generator=generator).to(models.content)
+    if models.start is not None:
+        start = models.start.to(models.content)
     elif config.init == "noise":
         start = 0.5 + noise / 4
+    elif config.init == "style":
+        start = models.styles[0].expand(-1, 3, -1, -1)
     else:
-        start = pictures.content if config.init == "content" else pictures.styles[0]
+        start = models.content
     noisy = resize(start, size) + config.noise * noise
     return painted_channels(noisy.clamp(0, 1), config.color)
 
@@ -1028,60 +1129,52 @@ def first_picture(pictures: Pictures, size: Size, config: StyleTransferConfig) -
 def paint_scale(
     image: Tensor,
     scale: Scale,
-    pictures: Pictures,
+    models: Models,
     config: StyleTransferConfig,
-    network: VGG19Features,
-    checkpoint: bool,
+    extractor: "FeatureExtractor",
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Go on from ``image`` at one size.
 
     Yields, after each step, what is painted, how it is shown, and the losses before the step.
     """
-    photo = resize(pictures.content, scale.size)
-    palette = Palette(photo, pictures.keep, config.color)
-    regions = find_regions(scale.size, pictures.masks, config, network.device)
-    look = Look(network, config, checkpoint, regions)
-    targets = find_targets(look, palette.photo, pictures.styles)
-    canvas = start_canvas(image, palette.photo, config)
-    optimizer = make_optimizer(canvas, scale, config)
-    average = Average(canvas)
+    photo = resize(models.photo, scale.size)  # (1, 3, H, W)
+    content = painted_channels(resize(models.content, scale.size), config.color)
+    palette = Palette(photo, models.keep, config.color)
+    regions = find_regions(scale.size, models.masks, config, photo.device)
+    targets = find_targets(extractor, content, models.styles, regions)
+    canvas = start_canvas(image, content, config)
+    optimizer = CANVAS_OPTIMIZERS[config.optimizer](canvas, scale, palette.limits)
     for _ in range(scale.steps):
-        losses = take_step(canvas, optimizer, look, targets, palette.limits)
-        average.update(canvas)
-        painted = cut_margin(average.value).clamp(0, 1)
+        losses = take_step(canvas, optimizer, extractor, targets)
+        painted = cut_margin(optimizer.picture).clamp(0, 1)
         yield painted, palette.to_picture(painted), losses
 
 
 def take_step(
     canvas: Tensor,
-    optimizer: "AdamOnCanvas | LbfgsOnCanvas",
-    look: "Look",
+    optimizer: "CanvasOptimizer",
+    extractor: "FeatureExtractor",
     targets: "Targets",
-    limits: Limits,
 ) -> dict[str, Tensor]:
     """Move every pixel of ``canvas`` a little downhill; gives the losses from before."""
-    with STEP_LOCK, torch.enable_grad():
-        # 1. Look at the picture.
-        features, grams = look.at_canvas(canvas)
+    with STEP_LOCK:
+        with torch.enable_grad():
+            # 1. Look at the picture.
+            features, statistics = extractor.of_canvas(canvas, targets)
 
-        # 2. How far is it from the photo and from the painting?
-        config, shares = look.config, look.shares
-        losses = calculate_losses(
-            canvas, features, grams, targets.content, targets.style, config, shares
-        )
+            # 2. How far is it from the photo and from the painting?
+            losses = calculate_losses(canvas, features, statistics, targets, extractor.config)
 
-        # 3. Which way does each pixel have to change? The factor makes up for the division by the
-        # number of pixels, or small gradients would vanish in float16. No optimizer minds it.
-        total = losses["total"] * canvas.numel()
-        (gradient,) = torch.autograd.grad(total, canvas)
+            # 3. Which way must each pixel change? The losses are means, so the factor keeps the
+            # gradients of a large picture from vanishing in float16. No optimizer minds it.
+            total = losses["total"] * canvas.numel()
+            (gradient,) = torch.autograd.grad(total, canvas)
         if not (total + gradient.sum()).isfinite():  # the one wait for a GPU in a step
-            parts = (features, grams, targets.content, targets.style)
+            parts = (features, statistics, targets.content, targets.style)
             raise FloatingPointError(_first_not_finite(parts))
 
         # 4. Move.
         optimizer.move(gradient)
-    with torch.no_grad():
-        canvas.clamp_(*limits)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -1095,69 +1188,84 @@ def _first_not_finite(parts: Sequence[Features]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """How a run looks at pictures: through which layers, in strips or not, in which regions."""
-
-    network: VGG19Features
-    config: StyleTransferConfig
-    checkpoint: bool
-    regions: "Regions | None"
-
-    @property
-    def shares(self) -> Sequence[float]:
-        """How much each region counts in the style loss."""
-        return (1.0,) if self.regions is None else self.regions.shares
-
-    def at_photo(self, photo: Tensor) -> dict[str, Tensor]:
-        """Its features in the content layers."""
-        return self.network(photo, self.config.content_layers, checkpoint=self.checkpoint)
-
-    def at_painting(self, painting: Tensor) -> dict[str, Tensor]:
-        """Its Gram matrices in the style layers, (1, C, C)."""
-        layers = self.config.style_layers
-        return self.network(painting, layers, grams=layers, checkpoint=self.checkpoint)
-
-    def at_canvas(self, canvas: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Its features in the content layers, and its Gram matrices in the style layers."""
-        content_layers = set(self.config.content_layers)
-        style_layers = set(self.config.style_layers)
-        # Without regions the network need not hand out whole features for most Gram matrices.
-        as_grams = style_layers - content_layers if self.regions is None else set()
-        layers = content_layers | style_layers
-        found = self.network(canvas, layers, grams=as_grams, checkpoint=self.checkpoint)
-        features = {layer: found[layer] for layer in self.config.content_layers}
-        grams = {}
-        for layer in self.config.style_layers:
-            guide = None if self.regions is None else self.regions.guides[layer]
-            is_gram = layer in as_grams
-            grams[layer] = found[layer] if is_gram else gram_matrix(found[layer], guide)
-        return features, grams
-
-
-@dataclass(frozen=True, eq=False)
 class Targets:
     """What the network should see in the picture, at one size."""
 
     content: Features  # {layer: (1, C, h, w)}
-    style: Features  # {layer: (R, C, C)}, for R regions, or 1
+    style: Features  # {layer: (R, C + 1, C)}, for R regions, or 1
+    guides: Features | None  # {layer: (R, 1, h, w)}, if there are regions
+    region_shares: Sequence[float]
 
 
-def find_targets(look: Look, photo: Tensor, styles: Sequence[Tensor]) -> Targets:
-    """The features of the photo, and the Gram matrices of the paintings.
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """How a run looks at pictures: through which network, and in strips or not."""
+
+    network: VGG19Features
+    config: StyleTransferConfig
+    checkpoint: bool
+
+    def content_features(self, photo: Tensor) -> dict[str, Tensor]:
+        """The features of a photo in the content layers, {layer: (1, C, h, w)}."""
+        return self.network(photo, self.config.content_layers, checkpoint=self.checkpoint)
+
+    def style_statistics(self, painting: Tensor) -> dict[str, Tensor]:
+        """The statistics of a painting in the style layers, {layer: (1, C + 1, C)}."""
+        layers = self.config.style_layers
+        return self.network(painting, layers, statistics=layers, checkpoint=self.checkpoint)
+
+    def of_canvas(
+        self, canvas: Tensor, targets: Targets
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The features and the statistics of a picture in the layers of ``targets``."""
+        content_layers = set(targets.content)
+        style_layers = set(targets.style)
+        # The guides of regions need whole features. Otherwise the network makes the statistics
+        # itself, strip by strip if need be, unless a layer serves content too.
+        by_network = style_layers - content_layers if targets.guides is None else set()
+        found = self.network(
+            canvas,
+            content_layers | style_layers,
+            statistics=by_network,
+            checkpoint=self.checkpoint,
+        )
+        features = {layer: found[layer] for layer in targets.content}
+        guides = targets.guides or {}
+        statistics = {}
+        for layer in targets.style:
+            is_done = layer in by_network
+            given = found[layer]
+            statistics[layer] = given if is_done else layer_statistics(given, guides.get(layer))
+        return features, statistics
+
+
+def find_targets(
+    extractor: FeatureExtractor,
+    content: Tensor,
+    styles: Sequence[Tensor],
+    regions: "Regions | None",
+) -> Targets:
+    """The features of the photo, and the statistics of the paintings.
 
     Several paintings are blended, at no cost per step, or have a region each.
     """
-    config = look.config
-    long_side = round(config.style_scale * max(photo.shape[2:]))
-    seen = [look.at_painting(shrink_to(style, long_side)) for style in styles]
+    config = extractor.config
+    long_side = round(config.style_scale * max(content.shape[2:]))
+    seen = []
+    for style in styles:
+        shrunk = shrink_to(style, long_side)
+        seen.append(extractor.style_statistics(shrunk))
     blend = blend_weights(config, len(styles))
-    style_grams = {}
+    style_targets = {}
     for layer in config.style_layers:
-        grams = [of_painting[layer] for of_painting in seen]  # (1, C, C) each
-        style_grams[layer] = (
-            weighted_mean(grams, blend) if look.regions is None else torch.cat(grams)
-        )
-    return Targets(look.at_photo(add_margin(photo)), style_grams)
+        found = [of_painting[layer] for of_painting in seen]  # (1, C + 1, C) each
+        style_targets[layer] = weighted_mean(found, blend) if regions is None else torch.cat(found)
+    return Targets(
+        content=extractor.content_features(add_margin(content)),
+        style=style_targets,
+        guides=None if regions is None else regions.guides,
+        region_shares=(1.0,) if regions is None else regions.shares,
+    )
 
 
 def blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
@@ -1167,17 +1275,17 @@ def blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
     return [weight / sum(config.style_blend) for weight in config.style_blend]
 
 
-def start_canvas(image: Tensor, photo: Tensor, config: StyleTransferConfig) -> Tensor:
-    """``image`` at the size of ``photo``, with a margin, ready to be painted on.
+def start_canvas(image: Tensor, content: Tensor, config: StyleTransferConfig) -> Tensor:
+    """``image`` at the size of ``content``, with a margin, ready to be painted on.
 
-    Departure: the photo's detail that a smaller size could not show is put back, so edges need no
-    steps.
+    Departure: detail of the photo that a smaller size could not show is put back, so that edges
+    need no steps: a share ``config.detail`` of it.
     """
-    size = photo.shape[2:]
+    size = content.shape[2:]
     start = resize(image, size)
     if config.content_weight > 0:
-        known_before = resize(resize(photo, image.shape[2:]), size)
-        start = (start + (photo - known_before)).clamp(0, 1)
+        seen_before = resize(resize(content, image.shape[2:]), size)
+        start = (start + config.detail * (content - seen_before)).clamp(0, 1)
     return add_margin(start).contiguous().requires_grad_()
 
 
@@ -1195,107 +1303,173 @@ def cut_margin(image: Tensor) -> Tensor:
     return image[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
+def painted_pixels(size: Size) -> int:
+    """The pixels of a picture of ``size`` with its margin."""
+    height, width = size
+    return (height + 2 * MARGIN) * (width + 2 * MARGIN)
+
+
+Limits = tuple[float, float] | tuple[Tensor, Tensor]  # of a pixel: for all alike, or for each
+
+
 class Palette:
     """Turns what is painted into what is shown.
 
     Usually both are the picture. With color="luminance" only light and dark are painted, and the
-    photo's colours are added; where ``keep`` is white, the photo is shown.
+    photo's colours are added. Where ``keep`` is white, the photo is shown.
     """
 
     def __init__(self, photo: Tensor, keep: Tensor | None, color: str) -> None:
-        self.original = photo
-        self.photo = painted_channels(photo, color)  # (1, 3, H, W), or (1, 1, H, W) for luminance
-        self.is_luminance = color == "luminance"
+        self.photo = photo
+        self.luminance = None
+        self.limits: Limits = (0.0, 1.0)
+        if color == "luminance":
+            self.luminance = painted_channels(photo, color)  # (1, 1, H, W)
+            self.limits = self._luminance_limits(self.luminance)
         self.keep = None
         if keep is not None:
             self.keep = fit_mask(keep, photo.shape[2:]).to(photo)  # (1, 1, H, W)
 
-    @property
-    def limits(self) -> Limits:
-        """The least and the most that a painted pixel may be: what is shown stays in [0, 1]."""
-        if not self.is_luminance:
-            return 0.0, 1.0
-        darkest = self.original.amin(1, keepdim=True)
-        brightest = self.original.amax(1, keepdim=True) - 1
-        return add_margin(self.photo - darkest), add_margin(self.photo - brightest)
+    def _luminance_limits(self, luminance: Tensor) -> Limits:
+        """As far as each pixel can get darker and lighter with all its channels in [0, 1]."""
+        darkest_channel = self.photo.amin(1, keepdim=True)
+        headroom = 1 - self.photo.amax(1, keepdim=True)
+        return add_margin(luminance - darkest_channel), add_margin(luminance + headroom)
 
     def to_picture(self, painted: Tensor) -> Tensor:
-        """(1, 3, H, W) in [0, 1]."""
+        """What is shown of what is painted: (1, 3, H, W) in [0, 1]."""
         shown = painted
-        if self.is_luminance:
-            shown = (self.original + painted - self.photo).clamp(0, 1)
+        if self.luminance is not None:
+            shown = (self.photo + painted - self.luminance).clamp(0, 1)  # against rounding
         if self.keep is not None:
-            shown = shown.lerp(self.original.to(shown), self.keep)
+            shown = shown.lerp(self.photo, self.keep)
         return shown
 
 
-class Average:
-    """A running average of the canvas, which is what is shown of a scale.
+# One step: how the pixels move.
 
-    Departure: the paper shows the last iterate. Averaging takes the grain out.
-    """
+LBFGS_HISTORY = 10  # moves that L-BFGS remembers
+LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
+LEAST_CURVATURE = 1e-8  # below it, a move taught L-BFGS nothing but rounding
+ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
+ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
+AVERAGE_DECAY = 0.8  # share of the old average that each step of Adam keeps
 
-    def __init__(self, canvas: Tensor) -> None:
-        self.total = torch.zeros_like(canvas, requires_grad=False)
-        self.steps = 0
 
-    def update(self, canvas: Tensor) -> None:
-        self.total.lerp_(canvas, 1 - AVERAGE_DECAY)
-        self.steps += 1
+class CanvasOptimizer(Protocol):
+    """Moves the pixels of a canvas at one scale; ``picture`` is what has come of it."""
+
+    def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None: ...
+
+    def move(self, gradient: Tensor) -> None:
+        """Change the canvas, in place, once; it stays within the limits."""
 
     @property
-    def value(self) -> Tensor:
-        """As Adam corrects its averages, which begin at zero."""
-        return self.total / (1 - AVERAGE_DECAY**self.steps)
+    def picture(self) -> Tensor:
+        """The canvas, or an average of what it was."""
+
+
+class LbfgsOnCanvas:
+    """L-BFGS, as in the paper: Nocedal and Wright, "Numerical Optimization", algorithm 7.4.
+
+    It learns from its moves how the gradient changes along them. Each is remembered as a pair:
+    s, how the picture moved, and y, how the gradient changed with it. Departure: there is no line
+    search, which would look at the picture several times a step; a move is limited in length
+    instead, and pixels stay in [0, 1]. So s is what the picture really did, after both. Nothing
+    here waits for a GPU.
+    """
+
+    def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
+        self.canvas = canvas
+        self.rate = scale.rate
+        self.limits = limits
+        self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=LBFGS_HISTORY)
+        self.before: tuple[Tensor, Tensor] | None = None  # the canvas and the gradient
+        self.scale_of_gradient = torch.zeros((), device=canvas.device)
+
+    @property
+    def picture(self) -> Tensor:
+        """The canvas."""
+        return self.canvas.detach()
+
+    @torch.no_grad()
+    def move(self, gradient: Tensor) -> None:
+        """Take one step."""
+        if self.before is None:  # without any pair, as far as Adam goes
+            self.scale_of_gradient = self.rate / gradient.abs().mean().clamp_min(SMALLEST_NORM)
+        else:
+            self._remember(gradient)
+        self.before = (self.canvas.detach().clone(), gradient)
+        direction = self._direction(gradient)
+        length = direction.abs().mean().clamp_min(SMALLEST_NORM)
+        direction *= (LONGEST_MOVE * self.rate / length).clamp(max=1)
+        self.canvas += direction
+        self.canvas.clamp_(*self.limits)
+
+    def _remember(self, gradient: Tensor) -> None:
+        assert self.before is not None
+        s = self.canvas.detach() - self.before[0]
+        y = gradient - self.before[1]
+        curvature = (s * y).sum()
+        is_sound = curvature > LEAST_CURVATURE * s.norm() * y.norm()
+        # A pair that is not sound gets a weight of 0, as if it were not there.
+        rho = torch.where(is_sound, 1 / curvature, 0.0)
+        self.pairs.append((s, y, rho))
+        scale = curvature / y.square().sum()
+        self.scale_of_gradient = torch.where(is_sound, scale, self.scale_of_gradient)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        """The two-loop recursion: minus the inverse Hessian, as the pairs know it, times g."""
+        direction = -gradient
+        alphas = []
+        for s, y, rho in reversed(self.pairs):
+            alpha = rho * (s * direction).sum()
+            direction -= alpha * y
+            alphas.append(alpha)
+        direction *= self.scale_of_gradient
+        for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
+            beta = rho * (y * direction).sum()
+            direction += (alpha - beta) * s
+        return direction
 
 
 class AdamOnCanvas:
     """Adam, with a rate that falls along a cosine within each scale.
 
-    Departure: the paper has L-BFGS.
+    Departure: the picture is a running average of the canvas, which takes the grain out.
     """
 
-    def __init__(self, canvas: Tensor, scale: Scale) -> None:
+    def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
         self.canvas = canvas
-        last_rate = scale.rate * ADAM_LAST_RATE
+        self.limits = limits
         self.optimizer = torch.optim.Adam([canvas], scale.rate, ADAM_BETAS)
+        last_rate = scale.rate * ADAM_LAST_RATE
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, scale.steps, last_rate
         )
+        self.average = torch.zeros_like(canvas, requires_grad=False)
+        self.moves = 0
 
+    @property
+    def picture(self) -> Tensor:
+        """The average, corrected for its start at zero, as Adam corrects its own."""
+        return self.average / (1 - AVERAGE_DECAY**self.moves)
+
+    @torch.no_grad()
     def move(self, gradient: Tensor) -> None:
+        """Take one step."""
         self.canvas.grad = gradient
         self.optimizer.step()
         self.schedule.step()
+        self.canvas.clamp_(*self.limits)
+        self.average.lerp_(self.canvas, 1 - AVERAGE_DECAY)
+        self.moves += 1
 
 
-class LbfgsOnCanvas:
-    """The paper's L-BFGS, with a limit to the length of a step in place of a line search."""
-
-    def __init__(self, canvas: Tensor, scale: Scale) -> None:
-        self.canvas = canvas
-        self.longest = LONGEST_STEP * scale.rate
-        first_rate = scale.rate * canvas.numel()  # as far as Adam goes
-        self.optimizer = torch.optim.LBFGS(
-            [canvas], first_rate, max_iter=1, history_size=LBFGS_HISTORY
-        )
-
-    def move(self, gradient: Tensor) -> None:
-        before = self.canvas.detach().clone()
-        self.canvas.grad = gradient
-        self.optimizer.step(lambda: 0.0)  # the loss, which is not looked at
-        self.optimizer.param_groups[0]["lr"] = 1.0
-        with torch.no_grad():
-            share = self.longest / (self.canvas - before).abs().mean()
-            self.canvas.copy_(before.lerp(self.canvas, share.clamp(max=1)))
-
-
-def make_optimizer(
-    canvas: Tensor, scale: Scale, config: StyleTransferConfig
-) -> AdamOnCanvas | LbfgsOnCanvas:
-    """What moves the pixels of ``canvas`` at one scale."""
-    kind = AdamOnCanvas if config.optimizer == "adam" else LbfgsOnCanvas
-    return kind(canvas, scale)
+CANVAS_OPTIMIZERS: Mapping[str, type[CanvasOptimizer]] = {
+    "lbfgs": LbfgsOnCanvas,
+    "adam": AdamOnCanvas,
+}
 
 
 # 5. Colours and regions ---------------------------------------------------------------------------
@@ -1347,7 +1521,7 @@ class Regions:
 def find_regions(
     size: Size, masks: Sequence[Tensor], config: StyleTransferConfig, device: torch.device
 ) -> Regions | None:
-    """The regions that ``masks`` make of a picture of ``size`` with its margin: none without masks.
+    """The regions that ``masks`` make of a picture with its margin; none without masks.
 
     Gatys et al. (2017), section 4. Departure: a region counts by its weight times its area, or
     small ones would be painted more strongly than large ones.
@@ -1362,10 +1536,25 @@ def find_regions(
         norm = guide.square().mean((2, 3), keepdim=True).sqrt()
         guides[layer] = (guide / norm).to(device)
     blend = blend_weights(config, len(masks))
-    mean_weight = sum(blend) / sum(weight > 0 for weight in blend)
+    paintings_used = sum(weight > 0 for weight in blend)  # with equal weights, each counts once
     areas = fitted.square().mean((1, 2, 3)).tolist()
-    shares = [weight / mean_weight * area for weight, area in zip(blend, areas, strict=True)]
+    shares = [weight * paintings_used * area for weight, area in zip(blend, areas, strict=True)]
     return Regions(guides, shares)
+
+
+def recolor(
+    photo: Tensor, styles: Sequence[Tensor], masks: Sequence[Tensor], config: StyleTransferConfig
+) -> Tensor:
+    """The photo in the palette of the paintings: blended, or of each where its mask is white."""
+    shares: list[Any] = blend_weights(config, len(styles))
+    if masks:
+        fitted = [fit_mask(mask, photo.shape[2:]).to(photo) for mask in masks]
+        total = torch.stack(fitted).sum(0).clamp_min(1)
+        shares = [mask / total for mask in fitted]
+    recolored = photo * (1 - sum(shares))
+    for style, share in zip(styles, shares, strict=True):
+        recolored = recolored + share * match_colors(photo, style).clamp(0, 1)
+    return recolored.clamp(0, 1)
 
 
 def fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
@@ -2042,8 +2231,7 @@ def describe_run(
         "weights": network.source
         if network.source in NAMED_WEIGHTS
         else f"sha256:{network.sha256}",
-        "max_size": max(pictures.size),  # the size that is painted, whatever was asked for
-        "precision": str(network.dtype).removeprefix("torch."),
+        "seconds": None,  # what it came to is the number of steps
         "device": str(network.device).removesuffix(":0"),
     }
     own_pictures = {
@@ -2066,6 +2254,11 @@ def describe_run(
         "packages": packages,
         "threads": torch.get_num_threads(),
     }
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Without its package: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _describe_picture(image: Tensor) -> dict[str, Any]:
@@ -2142,8 +2335,9 @@ def _own_pictures(record: Mapping[str, Any]) -> list[str]:
 
 
 def _settings_of_version_1(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As the settings of today: pictures are none of them any more."""
+    """As the settings of today: pictures are none of them any more, and all detail came back."""
     today = {name: value for name, value in settings.items() if name not in ("masks", "keep")}
+    today.setdefault("detail", 1.0)
     if str(today.get("init")).startswith("sha256:"):
         today["init"] = "content"
     return today
@@ -2359,12 +2553,13 @@ PLAIN_BYTES = 2500
 KEPT_BYTES = 330  # with checkpoints: what is kept of each pixel
 STRIP_BYTES = 1700  # with checkpoints: what is computed of each pixel of a strip
 REGION_BYTES = 1200  # more for the guided features of each region
-LBFGS_BYTES = 800  # more for the steps that L-BFGS remembers
+LBFGS_BYTES = 320  # more for the moves that L-BFGS remembers
 HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 
 CHECKPOINT_SLOWDOWN = 2.2  # what is run twice takes so much longer
 TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
 TRIAL_STEPS = 4
+MOST_STEPS = 2**20
 
 TENSOR_CORES = (7, 0)  # compute capability of the first of NVIDIA's GPUs that have them
 AMPERE = (8, 0)
@@ -2405,28 +2600,101 @@ def estimate(
     check_run(pictures, config, network)
     if rate is None:
         rate = measure_rate(pictures, config, network)
-    seconds = 0.0
+    num_steps = choose_num_steps(pictures, config, network, rate)
+    plan = plan_scales(pictures.size, num_steps, config, start)
+    seconds = seconds_needed(plan, pictures, config, network, rate)
     memory = 0.0
-    for scale in plan_scales(pictures.size, config, start):
-        checkpoint = choose_checkpoint(scale.size, pictures, config, network.device, network.dtype)
+    for scale in plan:
+        size, device, dtype = scale.size, network.device, network.dtype
+        checkpoint = choose_checkpoint(size, pictures, config, device, dtype)
+        memory = max(memory, bytes_needed(size, pictures, config, dtype, checkpoint))
+    return Estimate(seconds, memory, free_memory(network.device))
+
+
+def seconds_needed(
+    plan: Sequence[Scale],
+    pictures: Pictures,
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    rate: float,
+) -> float:
+    """How long a plan takes at ``rate`` seconds a pixel."""
+    seconds = 0.0
+    for scale in plan:
+        device, dtype = network.device, network.dtype
+        checkpoint = choose_checkpoint(scale.size, pictures, config, device, dtype)
         slowdown = CHECKPOINT_SLOWDOWN if checkpoint else 1.0
         first_look = painted_pixels(scale.size)  # for the targets
         seconds += (scale.work + first_look) * rate * slowdown
-        needed = bytes_needed(scale.size, pictures, config, network.dtype, checkpoint)
-        memory = max(memory, needed)
-    return Estimate(seconds, memory, free_memory(network.device))
+    return seconds
+
+
+def choose_num_steps(
+    pictures: Pictures,
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    rate: float | None = None,
+) -> int:
+    """The number of steps that a config asks for, in one way or another.
+
+    ``ValueError`` if not a single step fits into ``config.seconds``.
+    """
+    if isinstance(config.num_steps, int):
+        return config.num_steps
+    if config.seconds is None:
+        return max(1, round(NORMAL_STEPS * QUALITIES[config.quality]))
+    limit = config.seconds
+    known_rate = measure_rate(pictures, config, network) if rate is None else rate
+
+    def time_for(num_steps: int) -> float:
+        plan = plan_scales(pictures.size, num_steps, config, pictures.start)
+        return seconds_needed(plan, pictures, config, network, known_rate)
+
+    largest = _largest_that(lambda num_steps: time_for(num_steps) <= limit, MOST_STEPS)
+    if largest == 0:
+        raise ValueError(
+            f"seconds must be at least {time_for(1):.2g} for one step here, not {limit:g}."
+        )
+    return largest
+
+
+class Clock:
+    """The time of a run, and when each scale must be done, if there is a limit.
+
+    Each scale gets its share of the limit. If the machine gets slower during the run, scales end
+    early, each after one step at least.
+    """
+
+    def __init__(self, limit: float | None, plan: Sequence[Scale]) -> None:
+        self.began = time.perf_counter()
+        self.limit = limit
+        self.deadlines: dict[Size, float] = {}
+        if limit is not None:
+            works = list(itertools.accumulate(scale.work for scale in plan))
+            for scale, work in zip(plan, works, strict=True):
+                self.deadlines[scale.size] = limit * work / works[-1]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.began
+
+    def is_over(self, scale: Scale) -> bool:
+        """Whether the time for this scale is."""
+        if self.limit is None:
+            return False
+        return self.seconds >= self.deadlines.get(scale.size, self.limit)
 
 
 def measure_rate(pictures: Pictures, config: StyleTransferConfig, network: VGG19Features) -> float:
     """Seconds that a step takes for each pixel painted, from a few steps at one small size."""
     side = TRIAL_SIDES[network.device.type]
     small = replace(pictures, content=shrink_to(pictures.content, side), start=None)
-    prepared = small.prepared(config.color, network.device)
+    models = find_models(small, config, network.device)
     scale = Scale(small.size, TRIAL_STEPS, config.learning_rate)
+    extractor = FeatureExtractor(network, config, checkpoint=False)
     ends = []
-    for _, _, losses in paint_scale(
-        prepared.content, scale, prepared, config, network, checkpoint=False
-    ):
+    for _, _, losses in paint_scale(models.content, scale, models, config, extractor):
         losses["total"].item()  # waits for a GPU
         ends.append(time.perf_counter())
     fastest = min(end - begin for begin, end in itertools.pairwise(ends))
@@ -2744,10 +3012,11 @@ def sweep(
         check_run(replace(pictures, content=smaller), tried, network)
     columns = len(list(values.values())[-1])
     results: dict[str, Tensor] = {}
-    steps = sum(tried.num_steps for tried in configs.values())
+    form = "{desc}: |{bar:20}| {elapsed}, {remaining} left"
     try:
-        with tqdm(total=steps, file=sys.stdout, leave=False, unit="step") as bar:
-            for label, tried in configs.items():
+        with tqdm(total=len(configs), file=sys.stdout, leave=False, bar_format=form) as bar:
+            for number, (label, tried) in enumerate(configs.items()):
+                bar.set_description(label)
                 if network is None or not _is_made_for(network, tried):
                     network = VGG19Features.from_config(tried)
                 smaller = shrink_to(content, tried.max_size)
@@ -2755,7 +3024,7 @@ def sweep(
                     smaller, styles, tried, network=network, masks=masks, keep=keep, start=start
                 ):
                     results[label] = step.image
-                    bar.update()
+                    bar.update(number + step.progress - bar.n)
     finally:
         if results:
             show_images(results, columns=min(len(results), columns))
@@ -2982,7 +3251,6 @@ class Panel:
         "the photo's, point by point": "luminance",
     }
     SIZES = (256, 512, 1024, 2048)
-    QUALITIES: ClassVar = {"quick": 1 / 3, "normal": 1, "best": 5}
 
     def __init__(
         self,
@@ -3027,7 +3295,7 @@ class Panel:
                 options=list(self.COLORS.items()), value=self.base.color, description="Colours"
             ),
             "quality": widgets.Dropdown(
-                options=list(self.QUALITIES.items()), value=1, description="Quality"
+                options=list(QUALITIES), value=self.base.quality, description="Quality"
             ),
         }
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
@@ -3083,7 +3351,6 @@ class Panel:
 
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         values = {name: control.value for name, control in self.controls.items()}
-        steps = max(1, round(self.base.num_steps * values["quality"]))
         if values["size"] != self.config.max_size:
             self.pictures = []
         self.config = replace(
@@ -3091,7 +3358,7 @@ class Panel:
             style_weight=self.base.style_weight * values["style"],
             max_size=values["size"],
             color=values["color"],
-            num_steps=steps,
+            quality=values["quality"],
         )
         self._refresh()
 
