@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
-from IPython.display import display
+from IPython.display import HTML, display
 from matplotlib.colors import PowerNorm
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
@@ -79,17 +79,25 @@ __all__ = [
     "VGG19Features",
     "WeightsWarning",
     "autosave",
+    "before_and_after",
+    "blend_with_photo",
     "calculate_content_loss",
     "calculate_style_loss",
+    "choose_pictures",
+    "close_up",
     "estimate",
     "gram_matrix",
+    "live_view",
+    "liveliest_channels",
     "load_image",
     "match_colors",
+    "offer_download",
     "pick_device",
     "pick_precision",
     "plot_losses",
     "prepare_output_folder",
     "read_record",
+    "require_step",
     "resize",
     "save_image",
     "save_timelapse",
@@ -99,6 +107,7 @@ __all__ = [
     "style_statistics",
     "stylize",
     "sweep",
+    "sweep_control",
     "to_pil",
     "total_variation_loss",
     "watch",
@@ -2965,6 +2974,13 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
         ax.set_title(title, fontsize=size)
 
 
+def liveliest_channels(features: Tensor, name: str, count: int = 6) -> dict[str, Tensor]:
+    """The channels of a layer, (1, C, h, w), that vary the most: {title: (h, w)}."""
+    maps = features[0].float()
+    order = maps.flatten(1).std(1).topk(count).indices.tolist()
+    return {f"{name}, channel {number}": maps[number] for number in order}
+
+
 def plot_losses(history: Sequence[Mapping[str, Tensor]], figure: plt.Figure | None = None) -> None:
     """Draw the ``losses`` of each step on a log scale, on ``figure`` or a new one.
 
@@ -3029,6 +3045,39 @@ def sweep(
         if results:
             show_images(results, columns=min(len(results), columns))
     return results
+
+
+CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
+    "style_weight": (3, 30, 300),
+    "content_weight": (0.6, 6, 60),
+    "detail": (0, 0.5, 1),
+    "color": COLORS,
+    "style_scale": (0.5, 1, 2),
+    "tv_weight": (0, 2, 200),
+    "init": STARTS,
+    "optimizer": OPTIMIZERS,
+    "num_steps": (10, 25, 75),
+    "pooling": POOLINGS,
+}
+
+
+def sweep_control(
+    control: str,
+    content: Tensor,
+    style: Tensor,
+    config: StyleTransferConfig,
+    network: VGG19Features | None = None,
+) -> dict[str, Tensor]:
+    """A small, quick ``sweep`` of one control over values that show what it does.
+
+    ``ValueError`` for a control that does not exist.
+    """
+    _check_choice("control", control, tuple(CONTROL_VALUES))
+    small = shrink_to(content, 256)
+    quick = replace(config, max_size=256, quality="quick", num_steps="auto", seconds=None)
+    reuse = None if control == "pooling" else network
+    values: dict[str, Any] = {control: CONTROL_VALUES[control]}
+    return sweep(small, style, quick, reuse, **values)
 
 
 def _configs_of_sweep(
@@ -3101,6 +3150,14 @@ def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
     return f'<div style="position: relative; width: fit-content">{below}{above}{slider}</div>'
 
 
+def close_up(image: Tensor, side: int = 256) -> str:
+    """HTML with the middle of the picture at twice its size, to tell strokes from grain."""
+    top, left = (max(0, length - side) // 2 for length in image.shape[2:])
+    piece = image[:, :, top : top + side, left : left + side]
+    style = "image-rendering: pixelated;"
+    return picture_tag(piece, "a piece of the picture, enlarged", 2 * max(piece.shape[2:]), style)
+
+
 def watch(steps: Iterable[Step], show: Show | None = None) -> Iterator[Step]:
     """Pass on the steps of ``stylize``, and show now and then how far they are.
 
@@ -3134,8 +3191,13 @@ def print_line(page: str, line: str) -> None:
 
 
 def live_view() -> Show:
-    """A place in a notebook for ``watch(steps, live_view())``, below the cell that makes it."""
+    """A place in a notebook for ``watch(steps, live_view())``, below the cell that makes it.
+
+    Outside a notebook, lines are printed.
+    """
     handle = display(display_id=True)
+    if handle is None:
+        return print_line
 
     def show(page: str, line: str) -> None:
         handle.update({"text/html": page, "text/plain": line}, raw=True)
@@ -3169,6 +3231,75 @@ def _progress_line(step: Step, seconds: float, ending: str) -> str:
     return tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
 
 
+def is_in_colab() -> bool:
+    """Whether this is Colab, which draws nothing for threads and loses larger uploads."""
+    return "google.colab" in sys.modules
+
+
+def choose_pictures(photo: Source, painting: Source) -> dict[str, Source]:
+    """{"photo": ..., "painting": ...}: in Colab it asks for both, elsewhere they are those given.
+
+    What is uploaded is used as bytes: no name that was uploaded is ever used as a path. Without
+    an upload, and where it is no picture, the given file is taken; it says so in a line.
+    """
+    sources = {"photo": photo, "painting": painting}
+    if not is_in_colab():
+        return sources
+    from google.colab import files
+
+    for which, given in list(sources.items()):
+        if isinstance(given, str) and not os.path.exists(given):
+            given = os.path.basename(given)  # as it lies in Colab's file panel
+        sources[which] = given
+        name = _name_of(given)
+        cancel = f", or cancel to take {name}" if os.path.exists(str(given)) else ""
+        print(f"Choose a {which}{cancel}.")
+        for data in files.upload().values():
+            try:
+                load_image(data)
+                sources[which] = data
+            except ValueError as error:
+                print(f"{error} The {which} stays {name}.")
+    return sources
+
+
+def download_link(path: Path, text: str = "Download") -> str:
+    """HTML with a link that holds the file itself, so that it works wherever the page is."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    kind = path.suffix.removeprefix(".")
+    address = f"data:image/{kind};base64,{data}"
+    return f'<a download="{path.name}" href="{address}"><u>{text} {path.name}</u></a>'
+
+
+def offer_download(path: Path) -> None:
+    """In Colab the browser downloads the file at once, elsewhere when its link is clicked."""
+    if is_in_colab():
+        from google.colab import files
+
+        files.download(str(path))
+    else:
+        display(HTML(f"Saved as {html.escape(path.as_posix())}. {download_link(path)}"))
+
+
+def require_step(step: Step | None) -> Step:
+    """The step, or ``ValueError`` if there is none: then nothing is painted yet."""
+    if step is None:
+        raise ValueError("Nothing is painted yet: run the cell that paints, with stylize, first.")
+    return step
+
+
+def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
+    """``step`` with the photo mixed into its picture: 1 is the result, 0 the photo.
+
+    The record of the step remembers the strength. ``ValueError`` if it is not from 0 to 1.
+    """
+    if not (_is_number(strength) and 0 <= strength <= 1):
+        raise ValueError(f"strength must be a number from 0 to 1, not {in_words(strength)}.")
+    photo = resize(photo, step.image.shape[2:]).to(step.image)
+    image = photo.lerp(step.image, strength)
+    return replace(step, image=image, record={**step.record, "strength": strength})
+
+
 class PanelRun:
     """One painting of a panel, with all that it needs as it was when Paint was pressed."""
 
@@ -3180,18 +3311,26 @@ class PanelRun:
         self.network = network
         self.stopping = Event()
         self.thread: Thread | None = None
+        self.has_ended = False
+        self.photo: Tensor | None = None
         self.step: Step | None = None  # the latest
+        self.path: Path | None = None  # where it was saved
 
     @property
     def is_painting(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        """Whether the run is going on."""
+        return self.thread is not None and self.thread.is_alive() and not self.has_ended
 
-    def paint(self, folder: str | os.PathLike, show: Show) -> Path:
-        """Paint until it is done or stopped; whatever happens, save what there is."""
-        photo, painting = load_pair(self.sources, self.config, self.network.device)
-        steps = stylize(photo, painting, self.config, network=self.network)
+    def paint(self, folder: str | os.PathLike, show: Show) -> Path | None:
+        """Paint until it is done or stopped; whatever happens, save what there is.
+
+        Gives the path, which is ``self.path`` too, in case of an error.
+        """
+        device = self.network.device
+        self.photo = load_image(self.sources["photo"], self.config.max_size, device=device)
+        painting = load_image(self.sources["painting"], self.config.max_size, device=device)
+        steps = stylize(self.photo, painting, self.config, network=self.network)
         copy_on_disk = PartialPicture(folder)
-        path = None
         try:
             for step in watch(steps, show):
                 self.step = step
@@ -3200,47 +3339,64 @@ class PanelRun:
                     break
         finally:
             if self.step is not None:
-                photo_source, painting_source = self.sources.values()
-                path = save_image(
-                    self.step, folder, photo=photo_source, paintings=[painting_source]
-                )
+                self.path = self.save(self.step, folder)
                 copy_on_disk.remove()
-        assert path is not None  # a run without a step has raised its error
-        return path
+        return self.path
+
+    def save(self, step: Step, folder: str | os.PathLike) -> Path:
+        """Save a picture of this run, as transparent as its photo is."""
+        photo, painting = self.sources["photo"], self.sources["painting"]
+        return save_image(step, folder, photo=photo, paintings=[painting])
 
 
-def load_pair(
-    sources: Mapping[str, Source], config: StyleTransferConfig, device: torch.device
-) -> list[Tensor]:
-    """The photo and the painting out of {"photo": ..., "painting": ...}, at the size to paint."""
-    return [load_image(source, config.max_size, device=device) for source in sources.values()]
+class Easel:
+    """The part of a panel that outlives running its cell again: a run, and what shows it.
 
+    ``panel`` is the panel that is in use: its pictures and settings are painted.
+    """
 
-def is_in_colab() -> bool:
-    """Colab draws nothing for threads, and its upload widget loses files of 1 MB and more."""
-    return "google.colab" in sys.modules
+    def __init__(self) -> None:
+        self.panel: Panel | None = None
+        self.run: PanelRun | None = None
+        self.paint_button = widgets.Button(description="Paint", button_style="primary")
+        self.stop_button = widgets.Button(description="Stop")
+        self.strength = widgets.FloatSlider(
+            1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
+        )
+        self.strength.disabled = True
+        self.status = widgets.HTML()
+        self.link = widgets.HTML()
+        self.page = widgets.HTML()
+        self.paint_button.on_click(self._press_paint)
+        self.stop_button.on_click(self._press_stop)
+        self.strength.observe(self._move_strength, names="value")
 
+    def _press_paint(self, button: widgets.Button) -> None:
+        assert self.panel is not None
+        self.panel.start()
 
-def download_link(path: Path, text: str = "Download") -> str:
-    """HTML with a link that holds the file itself, so that it works wherever the page is."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind = path.suffix.removeprefix(".")
-    address = f"data:image/{kind};base64,{data}"
-    return f'<a download="{path.name}" href="{address}"><u>{text} {path.name}</u></a>'
+    def _press_stop(self, button: widgets.Button) -> None:
+        assert self.panel is not None
+        self.panel.stop()
+
+    def _move_strength(self, change: Mapping[str, Any]) -> None:
+        assert self.panel is not None
+        if not self.strength.disabled:
+            self.panel.show_strength(change["new"])
 
 
 class Panel:
-    """Paint without code: two uploads, four controls, Paint, Stop, and a link to download.
+    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download link.
 
     config, sources: where the controls begin; sources is {"photo": ..., "painting": ...}, each as
         ``load_image`` takes it.
     folder: where pictures are saved.
     network: a loaded network to reuse.
-    earlier: the panel that this one takes the place of, after its cell was run again. What was
-        uploaded there stays, unless ``sources`` names another file now, and so does a run that
-        is still painting.
+    earlier: the panel that this one replaces, after its cell was run again. What was uploaded
+        there stays, unless ``sources`` names another file now, and so does a run that is still
+        painting.
 
-    As the last line of a cell it shows itself. ``panel.config``, ``panel.sources`` and
+    As the last line of a cell it shows itself. ``panel.config``, ``panel.sources``, and
     ``panel.result`` (the latest step, or ``None``) are what it holds.
     """
 
@@ -3267,107 +3423,132 @@ class Panel:
         self.network = VGG19Features.from_config(config) if network is None else network
         self.named = dict(sources)
         self.sources = dict(sources)
-        self.run: PanelRun | None = None
+        self.pictures: dict[str, Tensor] = {}  # the sources, loaded
         self.rate: float | None = None  # seconds a pixel, measured once
-        self.pictures: list[Tensor] = []
-        self._make_widgets()
+        self.easel: Easel = Easel() if earlier is None else earlier.easel
+        self.easel.panel = self
+        self.paint_button = self.easel.paint_button
+        self.stop_button = self.easel.stop_button
+        self.strength = self.easel.strength
+        self.status = self.easel.status
+        self.link = self.easel.link
+        self.page = self.easel.page
+        self.chosen = widgets.HTML()  # thumbnails and estimate
+        self.uploads = self._make_uploads()
+        self.controls = self._make_controls()
         if earlier is not None:
-            self._take_over(earlier)
-        self._refresh()
+            self._keep_what_was_chosen(earlier)
+        self._observe()
+        self._take_settings()
+
+    @property
+    def run(self) -> PanelRun | None:
+        """The latest run."""
+        return self.easel.run
 
     @property
     def result(self) -> Step | None:
         """The latest step of the latest run."""
         return None if self.run is None else self.run.step
 
-    def _make_widgets(self) -> None:
-        self.uploads = {
+    def load(self) -> list[Tensor]:
+        """The photo and the painting, at the size at which they are painted."""
+        for which, source in self.sources.items():
+            if which not in self.pictures:
+                size, device = self.config.max_size, self.network.device
+                self.pictures[which] = load_image(source, size, device=device)
+        return [self.pictures["photo"], self.pictures["painting"]]
+
+    def _make_uploads(self) -> dict[str, widgets.FileUpload]:
+        return {
             "photo": widgets.FileUpload(accept="image/*", description="Your photo"),
             "painting": widgets.FileUpload(accept="image/*", description="Your painting"),
         }
+
+    def _make_controls(self) -> dict[str, widgets.Widget]:
+        styles = list(self.STYLES.items())
         sizes = sorted({*self.SIZES, self.base.max_size})
-        self.controls = {
-            "style": widgets.SelectionSlider(
-                options=list(self.STYLES.items()), value=1, description="Style"
-            ),
-            "size": widgets.Dropdown(options=sizes, value=self.base.max_size, description="Size"),
-            "color": widgets.Dropdown(
-                options=list(self.COLORS.items()), value=self.base.color, description="Colours"
-            ),
+        colors = list(self.COLORS.items())
+        qualities = list(QUALITIES)
+        base = self.base
+        return {
+            "style": widgets.SelectionSlider(options=styles, value=1, description="Style"),
+            "size": widgets.Dropdown(options=sizes, value=base.max_size, description="Size"),
+            "color": widgets.Dropdown(options=colors, value=base.color, description="Colours"),
             "quality": widgets.Dropdown(
-                options=list(QUALITIES), value=self.base.quality, description="Quality"
+                options=qualities, value=base.quality, description="Quality"
             ),
         }
-        self.paint_button = widgets.Button(description="Paint", button_style="primary")
-        self.stop_button = widgets.Button(description="Stop")
-        self.chosen = widgets.HTML()  # thumbnails and estimate
-        self.status = widgets.HTML()
-        self.page = widgets.HTML()
-        self.link = widgets.HTML()
+
+    def _observe(self) -> None:
         for which, upload in self.uploads.items():
             upload.observe(functools.partial(self._take_upload, which), names="value")
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
-        self.paint_button.on_click(self.start)
-        self.stop_button.on_click(self.stop)
 
     def _ipython_display_(self) -> None:
-        uploads = [] if is_in_colab() else [widgets.HBox(list(self.uploads.values()))]
-        buttons = [self.paint_button] if is_in_colab() else [self.paint_button, self.stop_button]
-        rows = [*uploads, *self.controls.values(), self.chosen, widgets.HBox(buttons)]
-        display(widgets.VBox([*rows, self.status, self.link, self.page]))
+        rows = [*self.controls.values(), self.chosen, self.status, self.link]
+        buttons = [self.paint_button]
+        if not is_in_colab():  # where an upload may be lost, and Stop is not heard
+            rows.insert(0, widgets.HBox(list(self.uploads.values())))
+            buttons.append(self.stop_button)
+        display(widgets.VBox([*rows, widgets.HBox(buttons), self.strength, self.page]))
 
-    def _take_over(self, earlier: "Panel") -> None:
-        """What a user did to the earlier panel outlives running its cell again."""
+    def _keep_what_was_chosen(self, earlier: "Panel") -> None:
+        kept = []
         for which, named in self.named.items():
             if earlier.named.get(which) == named:
                 self.sources[which] = earlier.sources[which]
+                if earlier.sources[which] != named:
+                    kept.append(which)
         if earlier.base == self.base:
             for name, control in self.controls.items():
                 control.value = earlier.controls[name].value
-        self.run = earlier.run
-        self.status = earlier.status
-        self.page = earlier.page
-        self.link = earlier.link
-        self.paint_button = earlier.paint_button
-        self.paint_button.on_click(earlier.start, remove=True)
-        self.paint_button.on_click(self.start)
+        if earlier.network is self.network:
+            self.rate = earlier.rate
+        if kept and not self._is_painting():
+            self._say(f"Your {' and your '.join(kept)} stay as uploaded.")
 
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture, and say so; else keep what was chosen."""
         files = change["new"]
-        for file in files.values() if isinstance(files, dict) else files:  # ipywidgets 7 has a dict
+        for file in files.values() if isinstance(files, dict) else files:  # a dict in ipywidgets 7
             data = bytes(file["content"])
             try:
-                load_image(data, self.config.max_size)
+                image = load_image(data, self.config.max_size, device=self.network.device)
             except ValueError as error:
-                kept = f"The {which} stays the one it was."
-                self._say(f"Not taken: {error} {kept}")
+                self._say(f"Not taken: {error} The {which} stays the one it was.")
                 return
             self.sources[which] = data
-            self.pictures = []
+            self.pictures[which] = image
             self._say(f"Your {which} is taken.")
-        self._refresh()
+        self.refresh()
 
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         values = {name: control.value for name, control in self.controls.items()}
         if values["size"] != self.config.max_size:
-            self.pictures = []
+            self.pictures = {}
+        effort = QUALITIES[values["quality"]] / QUALITIES[self.base.quality]
+        num_steps, seconds = self.base.num_steps, self.base.seconds
+        if isinstance(num_steps, int):
+            num_steps = max(1, round(num_steps * effort))
+        if seconds is not None:
+            seconds *= effort
         self.config = replace(
             self.base,
             style_weight=self.base.style_weight * values["style"],
             max_size=values["size"],
             color=values["color"],
             quality=values["quality"],
+            num_steps=num_steps,
+            seconds=seconds,
         )
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Show what would be painted now, and what it would take."""
         try:
-            if not self.pictures:
-                self.pictures = load_pair(self.sources, self.config, self.network.device)
-            photo, painting = self.pictures
+            photo, painting = self.load()
             thumbnails = picture_tag(photo, "the photo", THUMBNAIL_SIDE)
             thumbnails += " " + picture_tag(painting, "the painting", THUMBNAIL_SIDE)
             self.chosen.value = f"<p>{thumbnails}</p><p>{self._estimate(photo, painting)}</p>"
@@ -3375,7 +3556,7 @@ class Panel:
             self.chosen.value = f"<p><b>{html.escape(str(error))}</b></p>"
 
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
-        if self.run is not None and self.run.is_painting:
+        if self._is_painting():
             return "The estimate follows when the run has ended."
         if self.rate is None:
             pictures = gather_pictures(photo, painting)
@@ -3385,22 +3566,31 @@ class Panel:
         memory = f"{told.memory / 1e9:.1f} of the {told.free / 1e9:.1f} GB of memory that are free"
         return f"{size} in about {told.seconds:.0f} s, with {memory}."
 
+    def _is_painting(self) -> bool:
+        return self.run is not None and self.run.is_painting
+
     def _say(self, sentence: str) -> None:
         self.status.value = f"<b>{html.escape(sentence)}</b>"
 
-    def start(self, button: widgets.Button | None = None) -> None:
+    def start(self) -> None:
         """Paint what is chosen now: later changes are for the next run."""
-        if self.run is not None and self.run.is_painting:
+        if self._is_painting():
             self._say("A picture is being painted already: wait for it, or press Stop.")
             return
-        self.run = PanelRun(self.sources, self.config, self.network)
-        self.run.thread = Thread(target=self._paint, args=[self.run], daemon=True)
+        run = PanelRun(self.sources, self.config, self.network)
+        run.thread = Thread(target=self._paint, args=[run], daemon=True)
+        self.easel.run = run
+        self.strength.disabled = True
+        self.strength.value = 1.0
+        self.link.value = ""
+        self.paint_button.description = "Painting …"
+        self._say("Painting. Stop keeps the picture so far.")
         if is_in_colab():
-            self.run.thread.run()
+            run.thread.run()
         else:
-            self.run.thread.start()  # a thread, so that Stop is heard
+            run.thread.start()  # a thread, so that Stop is heard
 
-    def stop(self, button: widgets.Button | None = None) -> None:
+    def stop(self) -> None:
         """Stop the run, and keep its picture so far."""
         if self.run is None or not self.run.is_painting:
             self._say("There is nothing to stop.")
@@ -3409,18 +3599,36 @@ class Panel:
         self._say("Stopping ...")
 
     def _paint(self, run: PanelRun) -> None:
-        self._say("Painting. Stop keeps the picture so far.")
-        self.link.value = ""
+        outcome = "Done."
         try:
-            path = run.paint(self.folder, self._show)
-            how = "Stopped" if run.stopping.is_set() else "Done"
-            self._say(f"{how} and saved as {path}.")
-            self.link.value = download_link(path)
+            run.paint(self.folder, self._show)
         except (Exception, KeyboardInterrupt) as error:  # in a thread nobody else would tell
-            self._say(str(error) or "Stopped.")
+            outcome = str(error) or "Stopped."
+        else:
+            if run.stopping.is_set():
+                outcome = "Stopped."
+        if run.path is not None:
+            outcome += f" Saved as {run.path}."
+            self.link.value = download_link(run.path)
+            self.strength.disabled = False
+        self._say(outcome)
         self.paint_button.description = "Paint"
+        run.has_ended = True  # its thread still has to say so
+        assert self.easel.panel is not None
+        self.easel.panel.refresh()
 
     def _show(self, page: str, line: str) -> None:
         self.page.value = page
-        if self.run is not None and self.run.step is not None:
-            self.paint_button.description = f"Painting … {self.run.step.progress:.0%}"
+        if self.result is not None:
+            self.paint_button.description = f"Painting … {self.result.progress:.0%}"
+
+    def show_strength(self, strength: float) -> None:
+        """Blend the result with its photo, with no new run; save the blend, and offer it."""
+        run = self.run
+        if run is None or run.step is None or run.photo is None or run.is_painting:
+            return
+        blend = blend_with_photo(run.step, run.photo, strength)
+        self.page.value = picture_tag(blend.image, f"the result at a strength of {strength:.0%}")
+        path = run.save(blend, self.folder)
+        self._say(f"At a strength of {strength:.0%}, saved as {path}.")
+        self.link.value = download_link(path)
