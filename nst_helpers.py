@@ -272,6 +272,11 @@ class StyleTransferConfig:
             raise TypeError(f"There is no setting {name}: {hint}")
         return super().__new__(cls)
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The content layers and the style layers, each once."""
+        return tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = _as_plain_value(getattr(self, setting.name))
@@ -317,8 +322,11 @@ class StyleTransferConfig:
             raise ValueError(f"device must be {allowed}, not {in_words(self.device)}.")
 
     def _check_layers(self) -> None:
-        _check_layer_names("content_layers", self.content_layers)
-        _check_layer_names("style_layers", self.style_layers)
+        for name in ("content_layers", "style_layers"):
+            layers = getattr(self, name)
+            _check_layer_names(name, layers)
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name} must name each layer once, not {in_words(layers)}.")
         if self.style_blend != "equal":
             _check_proportions("style_blend", self.style_blend, or_word="'equal' or ")
         _check_proportions("style_layer_weights", self.style_layer_weights)
@@ -556,14 +564,11 @@ class VGG19Features(nn.Module):
     ) -> None:
         super().__init__()
         layers = tuple(layers) if isinstance(layers, (list, tuple)) else layers
-        if isinstance(layers, tuple):
-            with contextlib.suppress(TypeError):  # what cannot be hashed is no layer: said below
-                layers = tuple(dict.fromkeys(layers))  # one layer may serve content and style
         _check_layer_names("layers", layers)
         _check_choice("pooling", pooling, POOLINGS)
-        self.layers = layers
+        self.layers = tuple(dict.fromkeys(layers))  # one layer may serve content and style
         self.pooling = pooling
-        self.blocks = _blocks_down_to(layers, pooling)
+        self.blocks = _blocks_down_to(self.layers, pooling)
         self.network = _build_modules(self.blocks, pooling)
         self._load(weights, dtype)
         self.requires_grad_(False).eval()
@@ -585,8 +590,7 @@ class VGG19Features(nn.Module):
         """The network that ``stylize`` needs for ``config``, on the device that it names."""
         device = pick_device(config.device)
         dtype = pick_precision(config.precision, device)
-        layers = (*config.content_layers, *config.style_layers)
-        return cls(layers, config.weights, config.pooling, dtype).to(device)
+        return cls(config.layers, config.weights, config.pooling, dtype).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -613,7 +617,7 @@ class VGG19Features(nn.Module):
         time in a fraction of the memory. ``ValueError`` for a layer it was not made for.
         """
         wanted = set(self.layers if layers is None else layers)
-        if not wanted <= set(self.layers):
+        if not wanted or not wanted <= set(self.layers):
             made_for = ", ".join(self.layers)
             raise ValueError(f"layers must be out of {made_for}, not {in_words(layers)}.")
         found: dict[str, Tensor] = {}
@@ -1074,7 +1078,7 @@ def shrunk_size(size: Size, factor: float) -> Size:
 
 # One size: what is aimed at, and where the picture starts.
 
-MARGIN = 4  # pixels
+MARGIN = 4  # pixels: enough, with the first layer's padding, for no frame to be seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -1603,7 +1607,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_whole_number(name: str, value: Any, minimum: int, or_word: str = "") -> None:
-    is_whole = _is_number(value) and isinstance(value, int)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not (is_whole and minimum <= value < LARGEST_NUMBER):
         allowed = f"{or_word}a whole number of at least {minimum}"
         raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
@@ -1620,8 +1624,7 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[object]) -> None:
-    is_allowed = any(value is word or (isinstance(word, str) and value == word) for word in allowed)
-    if not (isinstance(value, (str, bool)) and is_allowed):
+    if not (isinstance(value, (str, bool)) and value in allowed):
         words = [repr(word) for word in allowed]
         listed = f"{', '.join(words[:-1])} or {words[-1]}"
         raise ValueError(f"{name} must be {listed}, not {in_words(value)}.")
@@ -1632,8 +1635,6 @@ def _check_layer_names(name: str, value: Any) -> None:
     if not (is_sequence and all(isinstance(layer, str) and layer in LAYERS for layer in value)):
         allowed = f"a tuple of layers out of {', '.join(LAYERS)}"
         raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
-    if len(set(value)) < len(value):
-        raise ValueError(f"{name} must name each layer once, not {in_words(value)}.")
 
 
 def _check_proportions(name: str, value: Any, or_word: str = "") -> None:
@@ -1725,7 +1726,7 @@ def where_it_runs(
 def _check_network(network: VGG19Features, config: StyleTransferConfig) -> None:
     if not isinstance(network, VGG19Features):
         raise ValueError(f"network must be a VGG19Features, not {in_words(network)}.")
-    missing = {*config.content_layers, *config.style_layers} - {*network.layers}
+    missing = set(config.layers) - set(network.layers)
     if missing:
         made_for = ", ".join(network.layers)
         needed = ", ".join(sorted(missing))
@@ -1750,7 +1751,7 @@ def _check_counts(pictures: Pictures, config: StyleTransferConfig) -> None:
 
 def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig) -> None:
     """A region must be large enough for the deepest layer to have a position inside it."""
-    deepest = max(config.style_layers)
+    deepest = max(config.style_layers, key=LAYERS.index)
     stride = stride_of(deepest)
     height, width = (max(1, side // stride) for side in size)
     whitest = fit_mask(mask, (height, width)).max()
@@ -3101,7 +3102,7 @@ def _configs_of_sweep(
 def _is_made_for(network: VGG19Features, config: StyleTransferConfig) -> bool:
     """Whether the network is the one that ``VGG19Features.from_config`` would make."""
     device = pick_device(config.device)
-    has_layers = {*config.content_layers, *config.style_layers} <= set(network.layers)
+    has_layers = set(config.layers) <= set(network.layers)
     same_pooling = network.pooling == config.pooling
     same_precision = network.dtype == pick_precision(config.precision, device)
     same_weights = config.weights in ("auto", network.source)

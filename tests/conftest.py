@@ -3,12 +3,15 @@
 import io
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torch import nn
 
 import nst_helpers as nst
 
@@ -23,11 +26,24 @@ NO_SPACE = OSError(28, "No space left on device")
 TINY = nst.StyleTransferConfig(
     weights="bundled", precision="float32", device="cpu", max_size=64, num_steps=6, scales=2
 )
+# As quick as can be, for what is the same with any network.
+SHALLOW = replace(
+    TINY,
+    content_layers=("relu2_1",),
+    style_layers=("relu1_1",),
+    style_layer_weights=(1,),
+)
 
 
 @pytest.fixture(scope="session")
 def vgg() -> nst.VGG19Features:
     return nst.VGG19Features(weights="bundled")
+
+
+@pytest.fixture(scope="session")
+def shallow() -> nst.VGG19Features:
+    """The network for ``SHALLOW``."""
+    return nst.VGG19Features(("relu1_1", "relu2_1"), "bundled")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +63,14 @@ def last(steps: Iterable[nst.Step]) -> nst.Step:
     return step
 
 
+def paint(content: torch.Tensor, styles, network: nst.VGG19Features, **settings) -> torch.Tensor:
+    """The picture that ``stylize`` ends with, given settings and pictures alike by their names."""
+    names = ("masks", "keep", "start")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    config = replace(TINY, **settings)
+    return last(nst.stylize(content, styles, config, network=network, **given)).image
+
+
 def half_mask(size, left: bool = True) -> torch.Tensor:
     """(1, 3, H, W), white in its left or its right half."""
     mask = torch.zeros(1, 3, *size)
@@ -57,8 +81,8 @@ def half_mask(size, left: bool = True) -> torch.Tensor:
 
 def style_loss(image: torch.Tensor, style: torch.Tensor, vgg: nst.VGG19Features) -> float:
     """How far ``image`` is from the style of ``style``, in the style layers."""
-    target = vgg(style, nst.STYLE_LAYERS, grams=nst.STYLE_LAYERS)
-    found = vgg(image, nst.STYLE_LAYERS, grams=nst.STYLE_LAYERS)
+    target = vgg(style, nst.STYLE_LAYERS, statistics=nst.STYLE_LAYERS)
+    found = vgg(image, nst.STYLE_LAYERS, statistics=nst.STYLE_LAYERS)
     return nst.calculate_style_loss(found, target).item()
 
 
@@ -102,3 +126,23 @@ def change_features(monkeypatch, at_step: int, change: Callable) -> None:
         return change(features) if len(steps) == at_step else features
 
     monkeypatch.setattr(nst.VGG19Features, "forward", changed)
+
+
+def random_vgg(modules: int) -> nn.Sequential:
+    """The first so many of torchvision's modules, with random weights."""
+    with torch.device("meta"):
+        features = torchvision.models.vgg19().features[:modules]
+    features.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return features.requires_grad_(False).eval()
+
+
+def save_checkpoint(features: nn.Sequential, path: Path) -> Path:
+    """A file as torchvision publishes it: features.0.weight and so on."""
+    state = {f"features.{name}": value for name, value in features.state_dict().items()}
+    torch.save(state, path)
+    return path

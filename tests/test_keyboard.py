@@ -1,319 +1,986 @@
-"""What a person at the keyboard sees and presses: the live view, and the panel, here without a browser."""
+"""Section 12: what a person at the keyboard sees and presses, here without a browser."""
 
 import base64
 import io
-import json
 import re
+import sys
 import threading
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
+from html.parser import HTMLParser
 from pathlib import Path
 
+import ipywidgets
 import pytest
 import torch
+from conftest import IMAGES, SHALLOW, encoded, fail, last, record_in
 from PIL import Image
 
 import nst_helpers as nst
 
-IMAGES = Path(__file__).parent.parent / "images"
-CONFIG = nst.StyleTransferConfig(weights="bundled", precision="float32", device="cpu", max_size=64, num_steps=6)
 SOURCES = {"photo": IMAGES / "china.jpg", "painting": IMAGES / "starry_night.jpg"}
+CHELSEA = (IMAGES / "chelsea.png").read_bytes()
+
+
+class Page(HTMLParser):
+    """The tags of some HTML, [(tag, attributes), ...], and the words between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words += data
+
+    def attributes(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [picture_in(attributes["src"]) for attributes in self.attributes("img")]
+
+
+def bytes_in(address: str) -> bytes:
+    """Of a data: address."""
+    return base64.b64decode(address.partition(";base64,")[2])
+
+
+def picture_in(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(bytes_in(address)))
 
 
 # Pictures on a page -----------------------------------------------------------------------------
 
 
-def pictures_in(page: str) -> list[Image.Image]:
-    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
-
-
 @pytest.mark.parametrize(("size", "width"), [((32, 64), 300), ((64, 32), 150), ((600, 900), 300)])
 def test_a_picture_is_as_long_on_the_page_at_every_size_and_never_heavier(size, width):
-    tag = nst.picture_tag(torch.rand(1, 3, *size), 'a "cat" & <dog>', side=300)
-    assert f"width: {width}px" in tag and 'alt="a &quot;cat&quot; &amp; &lt;dog&gt;"' in tag
-    (picture,) = pictures_in(tag)
-    assert max(picture.size) == min(300, *[max(size)]) and picture.format == "JPEG"
+    page = Page(nst.picture_tag(torch.rand(1, 3, *size), 'a "cat" & <dog>', side=300))
+    (attributes,) = page.attributes("img")
+    assert f"width: {width}px" in attributes["style"]
+    assert attributes["alt"] == 'a "cat" & <dog>'
+    (picture,) = page.pictures
+    assert max(picture.size) == min(300, max(size))
+    assert picture.format == "JPEG"
 
 
 def test_the_picture_on_the_page_is_the_picture():
     image = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
-    (picture,) = pictures_in(nst.picture_tag(image, "blue"))
+    (picture,) = Page(nst.picture_tag(image, "blue")).pictures
     assert nst.load_image(picture)[0, :, 5, 5].tolist() == pytest.approx([0.2, 0.5, 0.9], abs=0.02)
+
+
+def test_before_and_after_has_the_result_on_top_and_a_slider_that_uncovers_the_photo():
+    photo, result = torch.zeros(1, 3, 64, 96), torch.ones(1, 3, 32, 48)
+    page = Page(nst.before_and_after(photo, result, side=200))
+    below, above = page.pictures
+    assert nst.load_image(below).mean() < 0.02
+    assert nst.load_image(above).mean() > 0.98
+    assert below.size == above.size == (48, 32)
+    # What is later lies on top, even where a page may not have styles of its own.
+    (_, first), (_, second), (slider, third) = page.tags[1:]
+    assert first["alt"] != second["alt"]
+    assert re.search(r"width: 200px", first["style"])
+    assert re.search(r"width: 200px", second["style"])
+    assert "clip-path" in second["style"]
+    assert "clip-path" not in first["style"]
+    assert slider == "input"
+    assert third["aria-label"]
+    assert "previousSibling" in third["oninput"]  # which is the result: nothing stands between
+    assert page.words == ""
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_download_link_holds_the_file_itself(tmp_path, kind):
+    path = tmp_path / f"picture.{kind}"
+    path.write_bytes(bytes(range(256)))
+    (link,) = Page(nst.download_link(path)).attributes("a")
+    assert link["download"] == path.name
+    assert link["href"].startswith(f"data:image/{kind};")
+    assert bytes_in(link["href"]) == path.read_bytes()
 
 
 # The live view ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch) -> list[float]:
     """A clock that stands still unless it is told to go on."""
     now = [100.0]
     monkeypatch.setattr(nst.time, "monotonic", lambda: now[0])
     return now
 
 
-def steps_of(content, number=6, clock=None, seconds=0.0):
-    for i in range(number):
-        if clock:
-            clock[0] += seconds
-        yield nst.Step(i + 1, content, {"style": torch.tensor(1.0 / (i + 1)), "total": torch.tensor(2.0)})
-
-
-def watched(steps, content, config=CONFIG):
-    shown = []
-    passed = list(nst.watch(steps, content, config, lambda page, line: shown.append((page, line))))
-    return passed, shown
+def steps_of(
+    count: int, clock: list[float], seconds: float = 0.0, total: int | None = None
+) -> Iterator[nst.Step]:
+    """Steps that take ``seconds`` each."""
+    total = total or count
+    image = torch.rand(1, 3, 40, 64)
+    for number in range(1, count + 1):
+        clock[0] += seconds
+        losses = {"style": torch.tensor(1 / number), "total": torch.tensor(2.0)}
+        yield nst.Step(number, total, number / total, image, losses, {})
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.1, 0.7])
-def test_it_is_drawn_at_a_steady_pace_whatever_a_step_takes(clock, seconds):
-    content, config = torch.rand(1, 3, 32, 48), replace(CONFIG, num_steps=60)
-    passed, shown = watched(steps_of(content, 60, clock, seconds), content, config)
-    assert [step.number for step in passed] == [*range(1, 61)]
-    assert len(shown) == pytest.approx(60 * seconds / max(1, 2 * seconds), abs=2.5) or seconds > 0.5
-    assert 2 <= len(shown) <= 60 * seconds + 2
+def test_it_is_drawn_once_a_second_whatever_a_step_takes(clock, seconds):
+    shown = []
+    watched = nst.watch(steps_of(20, clock, seconds), lambda *page: shown.append(page))
+    assert [step.number for step in watched] == [*range(1, 21)]
+    assert 20 * seconds / (1 + seconds) <= len(shown) <= 20 * seconds + 2
 
 
 def test_a_slow_page_is_drawn_less_often_so_that_it_takes_less_than_3_percent(clock):
-    content, config, drawn = torch.rand(1, 3, 32, 48), replace(CONFIG, num_steps=400), []
+    drawn = []
 
     def show(page, line):
-        drawn.append(clock[0])
+        drawn.append(line)
         clock[0] += 0.5  # seconds that the page takes
 
-    list(nst.watch(steps_of(content, 400, clock, 0.1), content, config, show))
+    list(nst.watch(steps_of(400, clock, 0.1), show))
     assert len(drawn) >= 3
-    assert len(drawn[:-1]) * 0.5 / (clock[0] - 100) < 0.03
+    assert 0.5 * (len(drawn) - 1) / (clock[0] - 100) < 0.03
 
 
 def test_it_shows_the_picture_the_losses_and_how_far_it_is(clock):
-    content = torch.rand(1, 3, 40, 64)
-    steps = nst.watch(steps_of(content, 6, clock, 2.0), content, replace(CONFIG, scales=1), lambda *x: shown.append(x))
     shown = []
-    for step in steps:
-        if step.number == 4:  # by then the third one is drawn
+    for step in nst.watch(steps_of(6, clock, 2.0), lambda *page: shown.append(page)):
+        if step.number == 4:  # by now the third one is drawn
             page, line = shown[-1]
             break
     assert re.fullmatch(r"step 3 of 6, 64 x 40 pixels \|.*\| 00:06, 00:06 left", line)
-    picture, losses = pictures_in(page)
-    assert picture.size == (64, 40) and losses.size[0] > 200 and line in page
+    picture, losses = Page(page).pictures
+    assert picture.size == (64, 40)
+    assert losses.width > 200
+    assert line in Page(page).words
+    assert all(tag["alt"] for tag in Page(page).attributes("img"))
 
 
-def test_the_time_left_counts_that_larger_sizes_take_longer(clock):
-    content, config = torch.rand(1, 3, 200, 400), replace(CONFIG, max_size=400, num_steps=20)
-    plan = nst.plan_scales((200, 400), config)
-    assert len(plan) > 2
-    work = [(s.size[0] + 8) * (s.size[1] + 8) for s in plan for _ in range(s.steps)]
-
-    def steps():
-        for i, pixels in enumerate(work):
-            clock[0] += pixels / 1000
-            yield nst.Step(i + 1, content, {"total": torch.tensor(1.0)})
-
-    _, shown = watched(steps(), content, config)
-    minutes, seconds = map(int, re.search(r"(\d\d):(\d\d) left", shown[1][1]).groups())
-    number = int(re.search(r"step (\d+)", shown[1][1])[1])
-    assert minutes * 60 + seconds == pytest.approx(sum(work[number:]) / 1000, abs=1.1)
-
-
-@pytest.mark.parametrize("how", ["break", "error", "interrupt"])
-def test_however_a_run_ends_its_last_picture_is_shown(clock, how):
-    content, shown = torch.rand(1, 3, 32, 48), []
+def test_the_time_left_comes_from_the_share_of_the_work_that_is_done(clock):
+    shown = []
+    (step,) = steps_of(1, clock, total=10)
+    late = replace(step, number=5, progress=0.2)  # half of the steps, but a fifth of the work
 
     def steps():
-        yield from steps_of(content, 4)
-        raise KeyboardInterrupt if how == "interrupt" else ValueError
+        clock[0] += 20
+        yield late
 
-    def look():
-        for step in nst.watch(steps(), content, CONFIG, lambda page, line: shown.append(line)):
-            if how == "break" and step.number == 3:
-                break
+    list(nst.watch(steps(), lambda page, line: shown.append(line)))
+    assert "00:20, 01:20 left" in shown[0]
 
-    if how == "break":
-        look()
-    else:
-        with pytest.raises(KeyboardInterrupt if how == "interrupt" else ValueError):
-            look()
-    assert len(shown) == 2
-    assert shown[-1].startswith(f"step {3 if how == 'break' else 4} of 6") and shown[-1].endswith("stopped")
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_breaks_off_shows_its_last_picture_and_raises(clock, error):
+    def steps():
+        yield from steps_of(4, clock, total=6)
+        raise error
+
+    shown = []
+    with pytest.raises(error):
+        list(nst.watch(steps(), lambda page, line: shown.append(line)))
+    assert len(shown) == 2  # the first, and the last
+    assert shown[-1].startswith("step 4 of 6")
+    assert shown[-1].endswith("stopped")
+
+
+def test_a_loop_that_is_left_shows_its_last_picture(clock):
+    shown = []
+    for step in nst.watch(steps_of(6, clock), lambda page, line: shown.append(line)):
+        if step.number == 3:
+            break
+    assert shown[-1].startswith("step 3 of 6")
+    assert shown[-1].endswith("stopped")
 
 
 def test_a_run_that_came_to_its_end_says_so(clock):
-    content = torch.rand(1, 3, 32, 48)
-    assert watched(steps_of(content), content)[1][-1][1].endswith("done")
-    assert watched(iter(()), content)[1] == []
+    shown = []
+    list(nst.watch(steps_of(6, clock), lambda page, line: shown.append(line)))
+    assert shown[-1].startswith("step 6 of 6")
+    assert shown[-1].endswith("done")
+
+
+def test_a_run_without_a_step_shows_nothing(clock):
+    assert list(nst.watch(iter(()), fail(AssertionError("something was shown")))) == []
 
 
 def test_without_a_page_plain_lines_are_printed(clock, capsys):
-    content = torch.rand(1, 3, 32, 48)
-    list(nst.watch(steps_of(content, 6, clock, 1.5), content, CONFIG))
+    list(nst.watch(steps_of(6, clock, 1.5)))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and all(line.startswith("step ") for line in lines)
+    assert len(lines) == 7
+    assert all(line.startswith("step ") for line in lines)
+
+
+def test_a_run_of_very_many_steps_takes_no_memory_for_those_that_are_not_painted_yet(shallow, pair):
+    config = replace(SHALLOW, num_steps=10**7)
+    tracemalloc.start()
+    try:
+        steps = nst.watch(nst.stylize(*pair, config, network=shallow), lambda page, line: None)
+        next(steps)
+        next(steps)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e7  # a list of a number for each step has 8e7 bytes
+
+
+class Handle:
+    """A stand-in for what ``IPython.display.display`` gives: notes what is shown in its place."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict] = []
+
+    def update(self, data, raw):
+        assert raw
+        self.shown.append(data)
+
+
+def test_a_live_view_is_one_place_that_is_drawn_over(monkeypatch, clock):
+    handles = []
+
+    def display(*, display_id):
+        handles.append(Handle())
+        return handles[-1]
+
+    monkeypatch.setattr(nst, "display", display)
+    show = nst.live_view()
+    (handle,) = handles
+    assert len(handle.shown) == 1  # something is there before the first step
+    list(nst.watch(steps_of(3, clock, 2.0), show))
+    assert len(handles) == 1
+    assert len(handle.shown) == 5  # each step, and the end
+    assert handle.shown[-1]["text/plain"].startswith("step 3 of 3")
+    assert len(Page(handle.shown[-1]["text/html"]).pictures) == 2
+
+
+def test_a_live_view_outside_a_notebook_prints(clock, capsys):
+    list(nst.watch(steps_of(1, clock), nst.live_view()))
+    assert "step 1 of 1" in capsys.readouterr().out
+
+
+# One run of the panel ---------------------------------------------------------------------------
+
+
+def show_nothing(page: str, line: str) -> None:
+    """For a run that nobody looks at."""
+
+
+@pytest.fixture(scope="module")
+def expected(shallow) -> torch.Tensor:
+    """What ``SHALLOW`` makes of ``SOURCES``."""
+    photo, painting = (nst.load_image(source, SHALLOW.max_size) for source in SOURCES.values())
+    return last(nst.stylize(photo, painting, SHALLOW, network=shallow)).image
+
+
+def test_a_run_saves_the_picture_that_its_settings_make_and_nothing_else(
+    shallow, tmp_path, expected
+):
+    path = nst.PanelRun(SOURCES, SHALLOW, shallow).paint(tmp_path, show_nothing)
+    assert list(tmp_path.iterdir()) == [path]  # and no partial one
+    assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
+    record = record_in(path)
+    assert record["finished"]
+    assert record["photo"]["sha256"] == nst.sha256_of(SOURCES["photo"])
+    assert record["paintings"][0]["sha256"] == nst.sha256_of(SOURCES["painting"])
+
+
+def test_a_stopped_run_saves_its_picture_and_leaves_no_partial_one(shallow, tmp_path):
+    run = nst.PanelRun(SOURCES, SHALLOW, shallow)
+    run.stopping.set()
+    path = run.paint(tmp_path, show_nothing)
+    assert list(tmp_path.iterdir()) == [path]
+    assert record_in(path)["step"] == 1
+
+
+def test_the_latest_picture_lies_on_disk_while_a_run_paints(shallow, tmp_path):
+    seen = []
+    nst.PanelRun(SOURCES, SHALLOW, shallow).paint(
+        tmp_path, lambda *_: seen.extend(tmp_path.iterdir())
+    )
+    assert seen[0].name.endswith(".partial.png")
+
+
+def test_the_photo_is_the_photo_in_whatever_order_the_sources_come(shallow, tmp_path, expected):
+    turned = {"painting": SOURCES["painting"], "photo": SOURCES["photo"]}
+    path = nst.PanelRun(turned, SHALLOW, shallow).paint(tmp_path, show_nothing)
+    assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
+    assert record_in(path)["photo"]["sha256"] == nst.sha256_of(SOURCES["photo"])
 
 
 # The panel --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def panel(vgg, tmp_path, monkeypatch):
-    monkeypatch.setattr(nst, "display", lambda page: panel.told.append(page.data))
-    panel = nst.Panel(CONFIG, vgg, SOURCES, tmp_path)
-    panel.told = []
-    yield panel
-    panel.stop()
-    if panel.thread.is_alive():
-        panel.thread.join(60)
+def measured(monkeypatch) -> list[float]:
+    """The rates that were measured: always the same one, which takes no time."""
+    rates = []
 
+    def measure(pictures, config, network):
+        rates.append(1e-6)
+        return rates[-1]
 
-def uploaded(data: bytes, version: int = 8):
-    """What a FileUpload widget of ipywidgets 8 or 7 holds."""
-    if version == 7:
-        return {"a.png": {"content": data, "metadata": {"name": "a.png"}}}
-    return ({"name": "a.png", "content": memoryview(data)},)
-
-
-def record_of(folder: Path) -> dict:
-    (path,) = folder.glob("*[0-9].png")
-    with Image.open(path) as picture:
-        return json.loads(picture.text["style_transfer"])
-
-
-@pytest.mark.parametrize("version", [7, 8])
-def test_an_upload_is_taken_at_once_and_said(panel, version):
-    data = (IMAGES / "chelsea.png").read_bytes()
-    panel.plan(painting=uploaded(data, version))
-    assert panel.sources == {"photo": SOURCES["photo"], "painting": data}
-    assert "Your painting is taken." in panel.told[-1]
-    assert [picture.size for picture in pictures_in(panel.told[-1])] == [(64, 43), (64, 43)]
-
-
-@pytest.mark.parametrize("data", [b"", b"no picture", (IMAGES / "chelsea.png").read_bytes()[:9000]])
-def test_an_upload_that_is_no_picture_changes_nothing_and_is_said(panel, data):
-    panel.plan(photo=uploaded(data))
-    assert panel.sources == SOURCES
-    assert re.search(r"<b>Not taken: the uploaded picture is .*\. The photo stays the one it was\.</b>", panel.told[-1])
-    assert "64 x 43 pixels in about" in panel.told[-1]
-
-
-def test_the_controls_make_the_settings_and_the_estimate_is_told(panel):
-    panel.plan(num_steps=3, style_weight=3.0, color="luminance", max_size=32)
-    assert panel.config == replace(CONFIG, num_steps=3, style_weight=3.0, color="luminance", max_size=32)
-    assert re.search(r"32 x 21 pixels in about \d+ s, with 0\.\d of the \d+\.\d GB of memory", panel.told[-1])
-    with pytest.raises(ValueError, match="num_steps must be"):
-        panel.plan(num_steps=0)
-
-
-def test_paint_makes_the_picture_that_the_settings_make(panel, vgg, tmp_path):
-    panel.start()
-    panel.thread.join(60)
-    content, style = panel.load()
-    *_, step = nst.stylize(content, style, CONFIG, vgg)
-    assert torch.equal(panel.result, step.image)
-    assert "Done and saved" in panel.said.value
-    (path,) = tmp_path.glob("*.png")  # and no partial one
-    link = re.search(r'<a download="([^"]+)" href="data:image/png;base64,([^"]+)">', panel.page.value)
-    assert link[1] == path.name and base64.b64decode(link[2]) == path.read_bytes()
-    assert f"Saved as {path}" in panel.page.value and "step 6 of 6" in panel.page.value
+    monkeypatch.setattr(nst, "measure_rate", measure)
+    return rates
 
 
 @pytest.fixture
-def gate(monkeypatch):
-    """Each step waits until it is let through."""
-    gate, stylize = threading.Semaphore(0), nst.stylize
+def panel(shallow, tmp_path, measured) -> Iterator[nst.Panel]:
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    yield panel
+    if panel.run is not None and panel.run.is_painting:
+        panel.run.stopping.set()
+        panel.run.thread.join(60)
 
-    def slow(*args):
-        for step in stylize(*args):
-            assert gate.acquire(timeout=60)
+
+class Gate:
+    """Lets the steps of ``stylize`` through as they are told."""
+
+    def __init__(self, stylize) -> None:
+        self.stylize = stylize
+        self.runs = 0
+        self.is_open = threading.Semaphore(0)
+        self.is_waiting = threading.Semaphore(0)
+
+    def steps(self, *args, **kwargs):
+        self.runs += 1
+        for step in self.stylize(*args, **kwargs):
+            self.is_waiting.release()
+            assert self.is_open.acquire(timeout=60)
             yield step
 
-    monkeypatch.setattr(nst, "stylize", slow)
-    return gate
+    def let_through(self, count: int) -> None:
+        """Come back when ``count`` more steps are done and the next one waits."""
+        for _ in range(count):
+            assert self.is_waiting.acquire(timeout=60)
+            self.is_open.release()
+        assert self.is_waiting.acquire(timeout=60)
+        self.is_waiting.release()
+
+    def finish(self, panel: nst.Panel) -> None:
+        """Let all steps through, and wait for the end of the run."""
+        self.is_open.release(1000)
+        finish(panel)
+
+
+def finish(panel: nst.Panel) -> None:
+    """Wait for the end of the run."""
+    panel.run.thread.join(60)
+    assert not panel.run.thread.is_alive()
+
+
+@pytest.fixture
+def gate(monkeypatch, panel) -> Iterator[Gate]:
+    gate = Gate(nst.stylize)
+    monkeypatch.setattr(nst, "stylize", gate.steps)
+    yield gate
+    gate.is_open.release(1000)
+
+
+@pytest.fixture
+def in_colab(monkeypatch) -> None:
+    monkeypatch.setitem(nst.sys.modules, "google.colab", object())
+
+
+def upload(panel: nst.Panel, which: str, data: bytes, name: str = "a.png") -> None:
+    """As the browser does."""
+    file = {
+        "name": name,
+        "type": "image/png",
+        "size": len(data),
+        "content": memoryview(data),
+        "last_modified": datetime.now(timezone.utc),
+    }
+    panel.uploads[which].value = (file,)
+
+
+def told(panel: nst.Panel) -> str:
+    """The words on the panel, without the HTML."""
+    return Page(panel.status.value).words + " " + Page(panel.chosen.value).words
+
+
+def saved(folder: Path) -> Path:
+    """The one picture that was saved."""
+    (path,) = folder.glob("*[0-9].png")
+    return path
+
+
+def transparent(size=(60, 40)) -> bytes:
+    """A PNG of a cat's colour that nobody sees."""
+    return encoded(Image.new("RGBA", size, (200, 120, 40, 0)))
+
+
+def shown_on(monkeypatch, panel: nst.Panel) -> list[ipywidgets.Widget]:
+    """The widgets of a panel as the last line of a cell, in their order, without the boxes."""
+    displayed = []
+    monkeypatch.setattr(nst, "display", displayed.append)
+    panel._ipython_display_()
+
+    def leaves(widget):
+        if not isinstance(widget, ipywidgets.Box):
+            return [widget]
+        return [leaf for child in widget.children for leaf in leaves(child)]
+
+    (box,) = displayed
+    return leaves(box)
+
+
+def test_a_panel_shows_its_uploads_controls_and_buttons(monkeypatch, panel):
+    shown = shown_on(monkeypatch, panel)
+    buttons = [panel.paint_button, panel.stop_button]
+    outputs = [panel.chosen, panel.status, panel.link, panel.page]
+    expected = [*panel.uploads.values(), *panel.controls.values(), *buttons, *outputs]
+    assert {id(widget) for widget in shown} == {id(widget) for widget in expected}
+
+
+def test_what_is_said_stands_above_the_buttons_and_the_link_follows_it(monkeypatch, panel):
+    shown = shown_on(monkeypatch, panel)
+    assert shown.index(panel.status) < shown.index(panel.paint_button)
+    assert shown.index(panel.link) == shown.index(panel.status) + 1
+
+
+def test_a_panel_makes_the_network_that_it_needs(measured, tmp_path):
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path)
+    panel.start()
+    finish(panel)
+    assert record_in(saved(tmp_path))["weights"]["source"] == "bundled"
+
+
+# Its uploads
+
+
+def test_an_upload_is_taken_at_once_shown_and_said(panel):
+    upload(panel, "painting", CHELSEA)
+    assert panel.sources == {"photo": SOURCES["photo"], "painting": CHELSEA}
+    assert "painting" in Page(panel.status.value).words
+    photo, painting = Page(panel.chosen.value).pictures
+    assert photo.size == painting.size == (64, 43)
+    expected = nst.load_image(CHELSEA, 64)
+    assert (nst.load_image(painting) - expected).abs().mean() < 0.03
+
+
+def test_an_upload_of_an_older_ipywidgets_is_taken_too(panel):
+    files = {"a.png": {"content": CHELSEA, "metadata": {"name": "a.png"}}}
+    button = panel.uploads["photo"]
+    change = {"name": "value", "old": {}, "new": files, "owner": button, "type": "change"}
+    button.notify_change(ipywidgets.widgets.widget_upload.Bunch(change))
+    assert panel.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
+
+
+def test_an_upload_with_a_path_for_a_name(monkeypatch, panel, tmp_path):
+    """An upload is called `../../something`"""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    upload(panel, "photo", CHELSEA, "../evil.png")
+    assert panel.sources["photo"] == CHELSEA
+    assert list(tmp_path.rglob("*")) == [inner]
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", CHELSEA[:9000]])
+def test_an_upload_that_is_no_picture_changes_nothing_and_is_said(panel, data):
+    before = panel.chosen.value
+    upload(panel, "photo", data)
+    assert panel.sources == SOURCES
+    assert panel.chosen.value == before
+    assert "photo" in Page(panel.status.value).words
+    upload(panel, "photo", CHELSEA)  # the button still works
+    assert panel.sources["photo"] == CHELSEA
+
+
+@pytest.fixture
+def decoded(monkeypatch, panel) -> list[object]:
+    """What Pillow opens from now on."""
+    opened = []
+    open_file = Image.open
+
+    def noted(file, *args, **kwargs):
+        opened.append(file)
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", noted)
+    return opened
+
+
+def test_an_upload_is_decoded_once(panel, decoded):
+    upload(panel, "painting", CHELSEA)
+    (file,) = decoded
+    assert file.getvalue() == CHELSEA
+
+
+def test_no_control_decodes_or_measures_again(panel, decoded, measured):
+    upload(panel, "painting", CHELSEA)
+    decoded.clear()
+    assert len(measured) == 1  # when the panel was made
+    panel.controls["style"].value = nst.Panel.STYLES["more"]
+    panel.controls["color"].value = "luminance"
+    panel.controls["quality"].value = nst.Panel.QUALITIES["quick"]
+    assert decoded == []
+    panel.controls["size"].value = 256
+    assert len(measured) == 1
+    assert max(Page(panel.chosen.value).pictures[0].size) == nst.THUMBNAIL_SIDE
+
+
+# Its controls and its estimate
+
+
+def test_the_controls_make_the_settings(panel):
+    panel.controls["style"].value = 3
+    panel.controls["size"].value = 256
+    panel.controls["color"].value = "luminance"
+    panel.controls["quality"].value = 5
+    assert panel.config == replace(
+        SHALLOW,
+        style_weight=3 * SHALLOW.style_weight,
+        max_size=256,
+        color="luminance",
+        num_steps=5 * SHALLOW.num_steps,
+    )
+    panel.controls["style"].value = 1
+    panel.controls["quality"].value = 1 / 3
+    assert panel.config.style_weight == SHALLOW.style_weight
+    assert panel.config.num_steps == 2
+
+
+def test_a_single_step_is_the_least_there_is(shallow, tmp_path, measured):
+    panel = nst.Panel(replace(SHALLOW, num_steps=1), SOURCES, tmp_path, network=shallow)
+    panel.controls["quality"].value = 1 / 3
+    assert panel.config.num_steps == 1
+
+
+def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
+    def estimate(photo, painting, config, network, *, rate):
+        assert photo.shape == (1, 3, 171, 256)
+        assert config == panel.config
+        assert network is panel.network
+        assert rate == 1e-6  # as measured
+        return nst.Estimate(seconds=83.0, memory=1.5e9, free=7.25e9)
+
+    monkeypatch.setattr(nst, "estimate", estimate)
+    panel.controls["size"].value = 256
+    words = Page(panel.chosen.value).words
+    for number in ("256 x 171", "83 s", "1.5", "7.2"):
+        assert number in words
+
+
+def test_the_rate_is_measured_with_what_is_to_be_painted(monkeypatch, shallow, tmp_path):
+    asked = []
+
+    def measure(pictures, config, network):
+        asked.append((pictures, config, network))
+        return 1e-6
+
+    monkeypatch.setattr(nst, "measure_rate", measure)
+    nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    ((pictures, config, network),) = asked
+    assert pictures.size == (43, 64)
+    assert config == SHALLOW
+    assert network is shallow
+
+
+def test_a_run_that_does_not_fit_into_memory_is_said_before_paint_is_pressed(monkeypatch, panel):
+    monkeypatch.setattr(nst, "free_memory", lambda device: 1e6)
+    panel.controls["size"].value = 256
+    assert "max_size" in Page(panel.chosen.value).words
+
+
+# Paint
+
+
+def test_paint_makes_the_picture_that_the_settings_make(panel, tmp_path, expected):
+    panel.paint_button.click()
+    finish(panel)
+    assert torch.equal(panel.result.image, expected)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in Page(panel.status.value).words
+    (link,) = Page(panel.link.value).attributes("a")
+    assert link["download"] == path.name
+    assert bytes_in(link["href"]) == path.read_bytes()
+    assert "step 6 of 6" in panel.page.value
+
+
+def test_before_paint_there_is_no_result(panel):
+    assert panel.result is None
+
+
+def test_the_paint_button_says_how_far_the_run_is(panel, gate):
+    panel.start()
+    gate.let_through(0)
+    assert panel.paint_button.description.startswith("Painting")
+    gate.let_through(1)
+    assert panel.paint_button.description.startswith("Painting")
+    percent = round(100 * panel.result.progress)
+    assert 0 < percent < 100
+    assert re.search(rf"\b{percent}\s?%$", panel.paint_button.description)
+    gate.finish(panel)
+    assert panel.paint_button.description == "Paint"
 
 
 def test_paint_pressed_twice_is_one_run_and_a_sentence(panel, gate):
     panel.start()
-    first = panel.thread
+    gate.let_through(1)
+    before = panel.status.value
+    run = panel.run
     panel.start()
-    assert panel.thread is first and "being painted already" in panel.said.value
-    gate.release(6)
-    first.join(60)
-    assert "Done and saved" in panel.said.value
+    assert panel.run is run
+    assert panel.status.value != before
+    gate.finish(panel)
+    assert gate.runs == 1
 
 
-def test_stop_keeps_the_picture_so_far(panel, gate, tmp_path):
+def test_a_run_has_the_settings_and_pictures_of_the_moment_paint_was_pressed(panel, gate, tmp_path):
     panel.start()
-    gate.release(2)
-    panel.stop()
-    assert "Stopping" in panel.said.value
-    gate.release(1)
-    panel.thread.join(60)
-    assert "Stopped and saved" in panel.said.value and panel.result is not None
-    record = record_of(tmp_path)
-    assert 1 <= record["step"] <= 3 and not record["finished"]
-    panel.stop()
-    assert "nothing to stop" in panel.said.value
+    gate.let_through(1)
+    upload(panel, "photo", transparent())
+    upload(panel, "painting", CHELSEA)
+    panel.controls["color"].value = "luminance"
+    gate.finish(panel)
+    path = saved(tmp_path)
+    with Image.open(path) as picture:
+        assert picture.mode == "RGB"
+    record = record_in(path)
+    assert record["settings"]["color"] == SHALLOW.color
+    assert record["photo"]["sha256"] == nst.sha256_of(SOURCES["photo"])
+    assert record["paintings"][0]["sha256"] == nst.sha256_of(SOURCES["painting"])
 
 
-def test_after_a_stop_it_paints_again(panel, tmp_path):
-    panel.stop()
+def test_a_transparent_photo_makes_a_transparent_picture(panel, tmp_path):
+    upload(panel, "photo", transparent())
     panel.start()
-    panel.thread.join(60)
-    assert record_of(tmp_path)["finished"]
+    finish(panel)
+    with Image.open(saved(tmp_path)) as picture:
+        assert picture.mode == "RGBA"
+        assert picture.getchannel("A").getextrema() == (0, 0)
 
 
-def test_what_goes_wrong_in_the_thread_is_said_and_the_picture_so_far_saved(panel, monkeypatch, tmp_path):
-    stylize = nst.stylize
-
-    def broken(*args):
-        yield next(stylize(*args))
-        raise MemoryError("Memory ran out at 64 x 43 pixels <and so on>.")
-
-    monkeypatch.setattr(nst, "stylize", broken)
+def test_a_run_of_the_panel_and_one_of_a_cell_do_not_disturb_each_other(
+    panel, gate, pictures, expected, shallow
+):
+    photo = nst.shrink_to(pictures["chelsea"], 64)
+    painting = nst.shrink_to(pictures["stained_glass"], 64)
+    config = replace(SHALLOW, color="luminance", num_steps=4)
+    alone = last(gate.stylize(photo, painting, config, network=shallow))
     panel.start()
-    panel.thread.join(60)
-    assert panel.said.value == "<b>Memory ran out at 64 x 43 pixels &lt;and so on&gt;.</b>"
-    assert record_of(tmp_path)["step"] == 1
+    steps = []
+    for step in gate.stylize(photo, painting, config, network=shallow):
+        steps.append(step)
+        gate.let_through(1)
+    gate.finish(panel)
+    assert torch.equal(steps[-1].image, alone.image)
+    assert torch.equal(panel.result.image, expected)
 
 
-def test_a_photo_that_is_gone_is_said(panel):
-    panel.sources["photo"] = "images/no such.jpg"
-    panel.start()
-    panel.thread.join(60)
-    assert "There is no picture at" in panel.said.value
-
-
-def test_in_colab_it_paints_in_the_foreground(panel, monkeypatch):
-    monkeypatch.setitem(nst.sys.modules, "google.colab", object())
-    panel.start()
-    assert panel.result is not None and "Done and saved" in panel.said.value
-
-
-def test_uploads_outlive_a_new_panel_unless_the_form_names_other_files(panel, vgg, tmp_path):
-    data = (IMAGES / "chelsea.png").read_bytes()
-    panel.plan(photo=uploaded(data))
-    assert nst.Panel(CONFIG, vgg, {**SOURCES}, tmp_path, panel).sources["photo"] == data
-    other = SOURCES | {"painting": IMAGES / "stained_glass.jpg"}
-    assert nst.Panel(CONFIG, vgg, other, tmp_path, panel).sources == other
-
-
-def test_two_runs_at_once_take_turns(monkeypatch, vgg, pictures):
-    """Both in one process, as a cell and the panel may: a step of one waits for the step of the other."""
-    inside, most = [], []
+def test_runs_in_several_threads_take_turns(monkeypatch, shallow, pair):
+    """Threads that share the cores take far longer than one after the other."""
+    inside = []
+    most = []
     calculate = nst.calculate_losses
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         inside.append(1)
-        most.append(len(inside))
         try:
-            return calculate(*args)
+            losses = calculate(*args, **kwargs)
+            most.append(len(inside))
+            return losses
         finally:
             inside.pop()
 
     monkeypatch.setattr(nst, "calculate_losses", counted)
-    pair = [nst.shrink_to(pictures[name], 64) for name in ("china", "starry_night")]
-    runs = [threading.Thread(target=lambda: list(nst.stylize(*pair, CONFIG, vgg))) for _ in range(3)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(60)
-    assert len(most) == 18 and max(most) == 1
+    config = replace(SHALLOW, num_steps=6)
+    runs = [
+        threading.Thread(target=last, args=[nst.stylize(*pair, config, network=shallow)])
+        for _ in range(3)
+    ]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # whatever may come between, does
+    try:
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join(60)
+    finally:
+        sys.setswitchinterval(usual)
+    assert most == [1] * 18
+
+
+# Stop
+
+
+def test_stop_keeps_the_picture_so_far_and_no_partial_one(panel, gate, tmp_path):
+    panel.start()
+    gate.let_through(2)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.endswith(".partial.png")
+    panel.stop_button.click()
+    gate.finish(panel)
+    path = saved(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    record = record_in(path)
+    assert record["step"] == panel.result.number == 3
+    assert not record["finished"]
+    assert str(path) in Page(panel.status.value).words
+    (link,) = Page(panel.link.value).attributes("a")
+    assert bytes_in(link["href"]) == path.read_bytes()
+    assert panel.paint_button.description == "Paint"
+
+
+def test_after_a_stop_it_paints_again(panel, gate, tmp_path):
+    panel.start()
+    gate.let_through(1)
+    panel.stop()
+    gate.finish(panel)
+    saved(tmp_path).unlink()
+    panel.start()
+    gate.finish(panel)
+    assert record_in(saved(tmp_path))["finished"]
+
+
+def test_stop_without_a_run_is_a_sentence_and_stops_none_that_follows(panel, tmp_path):
+    panel.stop()
+    assert panel.status.value
+    panel.start()
+    finish(panel)
+    assert record_in(saved(tmp_path))["finished"]
+    before = panel.status.value
+    panel.stop()
+    assert panel.status.value != before
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("error", [MemoryError("Memory <ran> out."), KeyboardInterrupt()])
+def test_what_goes_wrong_is_said_and_the_picture_so_far_saved_and_offered(
+    monkeypatch, panel, tmp_path, error
+):
+    stylize = nst.stylize
+
+    def broken(*args, **kwargs):
+        yield next(stylize(*args, **kwargs))
+        raise error
+
+    monkeypatch.setattr(nst, "stylize", broken)
+    panel.start()
+    finish(panel)
+    path = saved(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert record_in(path)["step"] == 1
+    words = Page(panel.status.value).words
+    assert str(error) in words
+    assert str(path) in words
+    (link,) = Page(panel.link.value).attributes("a")
+    assert bytes_in(link["href"]) == path.read_bytes()
+    assert panel.paint_button.description == "Paint"
+
+
+def test_a_full_disk_is_said_and_the_picture_stays_in_memory(monkeypatch, panel):
+    monkeypatch.setattr(nst, "save_image", fail(OSError("No <space> left")))
+    panel.start()
+    finish(panel)
+    assert "No <space> left" in Page(panel.status.value).words
+    assert panel.result.number == SHALLOW.num_steps
+
+
+def test_a_photo_that_is_gone_is_said_and_another_one_is_taken(shallow, tmp_path, measured):
+    gone = SOURCES | {"photo": tmp_path / "gone.jpg"}
+    panel = nst.Panel(SHALLOW, gone, tmp_path, network=shallow)
+    assert "gone.jpg" in Page(panel.chosen.value).words
+    panel.start()
+    finish(panel)
+    assert "gone.jpg" in Page(panel.status.value).words
+    assert list(tmp_path.iterdir()) == []
+    upload(panel, "photo", CHELSEA)
+    assert len(Page(panel.chosen.value).pictures) == 2
+    panel.start()
+    finish(panel)
+    assert record_in(saved(tmp_path))["finished"]
+
+
+# The estimate and the runs
+
+
+@pytest.fixture
+def estimated(monkeypatch, panel) -> list[nst.Estimate]:
+    """The estimates that are made from now on."""
+    estimates = []
+    estimate = nst.estimate
+
+    def noted(*args, **kwargs):
+        estimates.append(estimate(*args, **kwargs))
+        return estimates[-1]
+
+    monkeypatch.setattr(nst, "estimate", noted)
+    return estimates
+
+
+def test_estimates_are_made_anew_when_a_run_ends(panel, gate, estimated):
+    panel.start()
+    gate.let_through(1)
+    panel.controls["color"].value = "luminance"
+    estimated.clear()
+    gate.finish(panel)
+    assert len(estimated) == 1
+    assert f"{estimated[0].seconds:.0f} s" in Page(panel.chosen.value).words
+
+
+@pytest.fixture
+def again(panel, shallow, tmp_path):
+    """Runs the panel's cell again, perhaps after the form was changed."""
+
+    def make(config=SHALLOW, earlier=panel, **changed) -> nst.Panel:
+        sources = {which: Path(str(path)) for which, path in (SOURCES | changed).items()}
+        network = shallow if config.precision == SHALLOW.precision else None
+        return nst.Panel(config, sources, tmp_path, network=network, earlier=earlier)
+
+    return make
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])  # with the same network, or another
+def test_nothing_is_measured_while_a_run_paints(panel, gate, measured, again, precision):
+    panel.controls["style"].value = 3  # which the next panel takes over
+    panel.start()
+    gate.let_through(1)
+    measured.clear()
+    following = again(replace(SHALLOW, precision=precision))
+    following.controls["color"].value = "luminance"
+    upload(following, "photo", CHELSEA)
+    assert measured == []
+    gate.finish(panel)
+    assert len(measured) <= 1  # the rate may be known from the earlier panel
+    assert re.search(r"\d s\b", Page(following.chosen.value).words)
+
+
+# A panel in place of an earlier one
+
+
+def test_a_new_panel_adopts_the_run_of_the_earlier_one(panel, gate, again, tmp_path):
+    panel.start()
+    gate.let_through(1)
+    following = again()
+    assert following.run is panel.run
+    assert following.result.number == 1
+    before = following.status.value
+    following.paint_button.click()  # which starts no second run
+    assert gate.runs == 1
+    assert following.status.value != before
+    gate.let_through(1)
+    assert following.result.number == 2
+    following.stop_button.click()
+    gate.finish(following)
+    path = saved(tmp_path)
+    assert record_in(path)["step"] == 3
+    assert str(path) in Page(following.status.value).words
+    assert "step 3 of 6" in following.page.value
+    assert path.name in following.link.value
+    assert following.paint_button.description == "Paint"
+
+
+def test_a_third_panel_adopts_the_run_too(panel, gate, again, tmp_path):
+    panel.start()
+    gate.let_through(1)
+    third = again(earlier=again())
+    third.paint_button.click()
+    third.stop_button.click()
+    gate.finish(third)
+    assert gate.runs == 1
+    assert record_in(saved(tmp_path))["step"] == 2
+
+
+def test_paint_on_a_new_panel_is_one_run_with_what_is_chosen_there(panel, gate, again, tmp_path):
+    following = again(replace(SHALLOW, num_steps=3))
+    following.paint_button.click()
+    gate.finish(following)
+    assert gate.runs == 1
+    assert record_in(saved(tmp_path))["settings"]["num_steps"] == 3
+
+
+def test_the_result_of_the_earlier_panel_stays(panel, again, expected):
+    panel.start()
+    finish(panel)
+    following = again()
+    assert torch.equal(following.result.image, expected)
+    assert following.link.value
+
+
+def test_when_an_adopted_run_ends_the_new_panel_estimates_anew(panel, gate, again, estimated):
+    panel.start()
+    gate.let_through(1)
+    following = again()
+    estimated.clear()
+    gate.finish(following)
+    assert len(estimated) == 1
+    assert f"{estimated[0].seconds:.0f} s" in Page(following.chosen.value).words
+
+
+def test_an_upload_outlives_running_the_cell_again(panel, again):
+    upload(panel, "photo", CHELSEA)
+    following = again()
+    assert following.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
+    assert following.sources is not panel.sources
+
+
+def test_each_source_is_kept_for_itself_where_the_form_names_another_file(panel, again):
+    upload(panel, "photo", CHELSEA)
+    glass = IMAGES / "stained_glass.jpg"
+    following = again(painting=glass)
+    assert following.sources == {"photo": CHELSEA, "painting": glass}
+    other = IMAGES / "chelsea.png"
+    assert again(photo=other, earlier=following).sources == SOURCES | {"photo": other}
+    assert again(earlier=following).sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
+
+
+def test_a_kept_upload_is_said(panel, again):
+    upload(panel, "photo", CHELSEA)
+    panel.start()
+    finish(panel)
+    words = told(again(painting=IMAGES / "stained_glass.jpg"))
+    assert "photo" in words
+    assert "painting" not in words
+
+
+def test_the_controls_outlive_running_the_cell_again(panel, again):
+    panel.controls["style"].value = 3
+    panel.controls["size"].value = 256
+    panel.controls["color"].value = "luminance"
+    panel.controls["quality"].value = 1 / 3
+    following = again()
+    assert following.config == panel.config
+    values = {name: control.value for name, control in following.controls.items()}
+    assert values == {name: control.value for name, control in panel.controls.items()}
+
+
+def test_what_the_form_says_now_counts_for_more_than_an_earlier_control(panel, again):
+    panel.controls["size"].value = 256
+    assert again(replace(SHALLOW, max_size=48)).config.max_size == 48
+
+
+# In Colab
+
+
+def test_in_colab_there_is_no_upload_widget_and_no_stop(monkeypatch, panel, in_colab):
+    shown = shown_on(monkeypatch, panel)
+    assert not {id(widget) for widget in panel.uploads.values()} & {id(widget) for widget in shown}
+    assert panel.stop_button not in shown
+    assert panel.paint_button in shown
+    assert panel.page in shown
+
+
+def test_in_colab_it_paints_in_the_foreground(monkeypatch, panel, in_colab, tmp_path):
+    threads = []
+    stylize = nst.stylize
+
+    def noted(*args, **kwargs):
+        threads.append(threading.current_thread())
+        return stylize(*args, **kwargs)
+
+    monkeypatch.setattr(nst, "stylize", noted)
+    panel.paint_button.click()
+    assert threads == [threading.main_thread()]
+    path = saved(tmp_path)
+    assert record_in(path)["finished"]
+    assert str(path) in Page(panel.status.value).words

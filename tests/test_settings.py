@@ -1,103 +1,322 @@
-"""Every setting is checked when it is made; devices and precisions are chosen as they should be."""
+"""Settings: each one is checked when it is made, and a config is a plain value."""
 
-import math
-from dataclasses import FrozenInstanceError, replace
+import copy
+import json
+import pickle
+import warnings
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from math import inf, nan
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nst_helpers as nst
 
-NAN = math.nan
+NAMES = [field.name for field in fields(nst.StyleTransferConfig)]
+FLAT = torch.full((1, 3, 32, 48), 0.5)
+
+# A setting, a value that it cannot have, and words that must be among what is allowed.
+OUT_OF_RANGE = [
+    ("max_size", 15, "16"),
+    ("max_size", 512.0, "whole"),
+    ("num_steps", 0, "1"),
+    ("num_steps", True, "whole"),
+    ("scales", 0, "'auto'"),
+    ("scales", "many", "'auto'"),
+    ("content_weight", -1, "0"),
+    ("style_weight", nan, "0"),
+    ("style_weight", "30", "number"),
+    ("tv_weight", inf, "0"),
+    ("noise", -0.1, "0"),
+    ("learning_rate", 0, "0"),
+    ("style_scale", 0, "0"),
+    ("style_scale", None, "number"),
+    ("content_layers", ("relu9_9",), "relu4_2"),
+    ("content_layers", "relu4_2", "tuple"),
+    ("content_layers", None, "tuple"),
+    ("style_layers", (), "tuple"),
+    ("style_layers", ("relu1_1", "relu1_1"), "once"),
+    ("style_layers", ("conv1_1",), "relu1_1"),
+    ("style_layer_weights", (1, 2), "5"),
+    ("style_layer_weights", (1, 2, 3, 4, nan), "0"),
+    ("style_layer_weights", (0, 0, 0, 0, 0), "0"),
+    ("style_layer_weights", 3, "numbers"),
+    ("style_blend", (0, 0), "'equal'"),
+    ("style_blend", (1, -1), "'equal'"),
+    ("style_blend", (), "'equal'"),
+    ("style_blend", 1, "'equal'"),
+    ("pooling", "median", "'average'"),
+    ("color", "sepia", "'luminance'"),
+    ("optimizer", "sgd", "'lbfgs'"),
+    ("init", "photo", "'noise'"),
+    ("checkpoint", 1, "True"),
+    ("checkpoint", "yes", "'auto'"),
+    ("weights", None, "path"),
+    ("precision", "float8", "'bfloat16'"),
+    ("precision", (), "'bfloat16'"),
+    ("device", "gpu", "'cuda'"),
+    ("device", "cuda:", "'cuda:1'"),
+    ("seed", -1, "0"),
+    ("seed", 2**64, "0"),
+]
+
+
+def check_sentence(error: BaseException, name: str) -> None:
+    """It is one sentence, on one line, and begins with the setting's name."""
+    message = str(error)
+    assert message.startswith(name)
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), OUT_OF_RANGE)
+def test_a_setting_out_of_range(name, value, allowed):
+    """A setting is misspelt, of the wrong type or out of range"""
+    with pytest.raises(ValueError, match=f"^{name} ") as error:
+        nst.StyleTransferConfig(**{name: value})
+    check_sentence(error.value, name)
+    assert repr(value) in str(error.value)
+    assert allowed in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("max_size", 15, "at least 16"),
-        ("max_size", 512.0, "whole number"),
-        ("num_steps", 0, "at least 1"),
-        ("num_steps", True, "whole number"),
-        ("scales", 0, "at least 1"),
-        ("scales", "many", "'auto'"),
-        ("content_weight", -1, "at least 0"),
-        ("style_weight", NAN, "at least 0"),
-        ("style_weight", "30", "a number"),
-        ("tv_weight", math.inf, "at least 0"),
-        ("learning_rate", 0, "above 0"),
-        ("content_layers", ("relu9_9",), "relu4_2"),
-        ("content_layers", "relu4_2", "tuple"),
-        ("style_layers", (), "tuple"),
-        ("style_layers", ("relu1_1", "relu1_1"), "different"),
-        ("style_layer_weights", (1, 2), "5 numbers"),
-        ("style_layer_weights", (1, 2, 3, 4, NAN), "at least 0"),
-        ("style_layer_weights", (0, 0, 0, 0, 0), "not all 0"),
-        ("style_layer_weights", 3, "5 numbers"),
-        ("content_layers", None, "tuple"),
-        ("pooling", "median", "'max' or 'average'"),
-        ("color", "sepia", "'style', 'content' or 'luminance'"),
-        ("optimizer", "sgd", "'adam' or 'lbfgs'"),
-        ("init", "photo", "or a picture"),
-        ("style_scale", 0, "above 0"),
-        ("style_blend", (0, 0), "not all 0"),
-        ("style_blend", (1, -1), "at least 0"),
-        ("style_blend", 1, "'equal'"),
-        ("masks", "mask.png", "a tuple of pictures"),
-        ("keep", "mask.png", "a picture"),
-        ("weights", None, "a path"),
-        ("precision", "float8", "'bfloat16'"),
-        ("precision", [], "'bfloat16'"),
-        ("device", "gpu", "cpu"),
-        ("seed", -1, "at least 0"),
-        ("seed", 2**64, "at least 0"),
-    ],
+    ("misspelt", "nearest"),
+    [("style_wieght", "style_weight"), ("nun_steps", "num_steps"), ("colour", "color")],
 )
-def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value, allowed):
-    with pytest.raises(ValueError) as error:
-        nst.StyleTransferConfig(**{name: value})
-    message = str(error.value)
-    assert message.startswith(name) and repr(value) in message and allowed in message
-    assert message.count("\n") == 0 and message.endswith(".")
+def test_a_misspelt_setting_is_told_the_nearest_one(misspelt, nearest):
+    for make in (nst.StyleTransferConfig, lambda **given: replace(TINY, **given)):
+        with pytest.raises(TypeError) as error:
+            make(**{misspelt: 3})
+        assert misspelt in str(error.value)
+        assert f"{nearest}?" in str(error.value)
 
 
-@pytest.mark.parametrize("picture", [torch.rand(3, 40, 40), torch.rand(1, 1, 40, 40), torch.full((1, 3, 40, 40), 2.0)])
-def test_a_picture_among_the_settings_is_checked_when_it_is_set(picture):
-    for settings in ({"masks": (picture,)}, {"keep": picture}, {"init": picture}):
-        with pytest.raises(ValueError, match=rf"^{next(iter(settings))} must be .*\(1, 3, H, W\)|from 0 to 1"):
-            nst.StyleTransferConfig(**settings)
-    with pytest.raises(ValueError, match="masks must be a picture"):
-        nst.StyleTransferConfig(masks=("mask.png",))
+def test_a_setting_unlike_any_other_is_named_without_a_guess():
+    with pytest.raises(TypeError) as error:
+        nst.StyleTransferConfig(xyzzy=3)
+    assert "xyzzy" in str(error.value)
+    assert not any(name in str(error.value) for name in NAMES)
 
 
-def test_a_misspelt_setting_raises_and_a_made_one_cannot_change():
-    with pytest.raises(TypeError, match="style_wieght"):
-        nst.StyleTransferConfig(style_wieght=3)
-    config = nst.StyleTransferConfig()
+NO_SETTINGS = {
+    "a tensor": torch.zeros(2),
+    "a large tensor": torch.zeros(200, 200),
+    "a tensor of one number": torch.tensor(3),
+    "tensors": [torch.zeros(40, 40)] * 2,
+    "an array": np.zeros(2),
+    "a large array": np.zeros((3, 40, 40)),
+    "lines": ["two\nlines"],
+    "a long value": {"a": "b" * 10_000},
+    "more digits than Python prints": 10**5000,
+}
+
+
+@pytest.mark.parametrize("value", NO_SETTINGS.values(), ids=NO_SETTINGS)
+def test_whatever_a_setting_is_given_the_error_is_one_short_sentence(value):
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f"^{name} ") as error:
+            nst.StyleTransferConfig(**{name: value})
+        check_sentence(error.value, name)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.just(torch.zeros(2)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner)
+        | st.dictionaries(st.text(), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.sampled_from(NAMES), ANYTHING)
+def test_any_value_at_all_makes_a_config_or_one_sentence(name, value):
+    try:
+        config = nst.StyleTransferConfig(**{name: value})
+    except ValueError as error:
+        check_sentence(error, name)
+    else:
+        assert nst.StyleTransferConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_settings_that_make_no_sense_together(vgg):
+    """Settings make no sense together"""
+    with pytest.raises(ValueError, match=r"content_weight.*style_weight"):
+        replace(TINY, content_weight=0, style_weight=0)
+    with pytest.raises(ValueError, match=r"style_layer_weights.*2 style_layers.*\(1, 2, 3\)"):
+        replace(TINY, style_layers=("relu1_1", "relu2_1"), style_layer_weights=(1, 2, 3))
+    with pytest.raises(ValueError, match=r"style_blend.*2.*\(1, 2, 3\)"):
+        nst.stylize(FLAT, [FLAT] * 2, replace(TINY, style_blend=(1, 2, 3)), network=vgg)
+    with pytest.raises(ValueError, match=r"masks.*2"):
+        nst.stylize(FLAT, [FLAT] * 2, TINY, network=vgg, masks=[FLAT])
+    with pytest.warns(nst.SettingsWarning, match=r"seed=7.*noise="):
+        nst.stylize(FLAT, FLAT, replace(TINY, seed=7, noise=0), network=vgg)
+
+
+@pytest.mark.parametrize("useful", [{"noise": 0.1}, {"init": "noise"}])
+def test_a_seed_that_has_an_effect_is_no_cause_for_a_warning(vgg, useful):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nst.stylize(FLAT, FLAT, replace(TINY, seed=7, **useful), network=vgg)
+
+
+# A config is a plain value ------------------------------------------------------------------------
+
+
+def test_a_config_cannot_change_and_replace_gives_a_changed_copy():
+    config = replace(TINY, style_weight=2)
     with pytest.raises(FrozenInstanceError):
         config.style_weight = 3
     assert replace(config, style_weight=3).style_weight == 3
+    assert config.style_weight == 2
+    with pytest.raises(ValueError, match="style_weight"):
+        replace(config, style_weight=-1)
+
+
+def test_equal_settings_make_equal_configs():
+    config = replace(TINY, style_blend=(1, 2))
+    assert config == replace(TINY, style_blend=[1, 2])
+    assert hash(config) == hash(replace(TINY, style_blend=[1, 2]))
+    assert config != replace(TINY, style_blend=(2, 1))
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+    "make", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
-def test_auto_takes_cuda_else_mps_else_the_cpu(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+def test_a_config_can_be_copied_and_sent_to_another_process(make):
+    config = replace(TINY, style_weight=7, content_layers=["relu3_1"])
+    assert make(config) == config
+
+
+def test_a_config_goes_through_json_as_it_is():
+    config = nst.StyleTransferConfig(
+        max_size=np.int64(333),
+        num_steps=7,
+        scales=3,
+        content_weight=np.float32(0.1),
+        color="luminance",
+        style_blend=[1, np.float64(0.3)],
+        content_layers=["relu3_1", "relu4_2"],
+        style_layers=["relu1_1", "relu2_2"],
+        style_layer_weights=[0.1, 3],
+        weights=Path("my weights") / "vgg19.pth",
+        checkpoint=True,
+        device="cuda:1",
+        seed=2**63 - 1,
+    )
+    assert nst.StyleTransferConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_a_config_prints_as_the_code_that_makes_it():
+    config = replace(TINY, style_blend=[1, 2], noise=np.float64(0.25), weights=Path("mine.pth"))
+    assert eval(repr(config), {"StyleTransferConfig": nst.StyleTransferConfig}) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("style_layers", [*nst.STYLE_LAYERS], nst.STYLE_LAYERS),
+        ("style_blend", [1, 2], (1, 2)),
+        ("style_blend", [np.float64(0.5), np.int64(2)], (0.5, 2)),
+        ("weights", Path("folder") / "mine.pth", str(Path("folder") / "mine.pth")),
+        ("max_size", np.int64(64), 64),
+        ("num_steps", np.uint8(9), 9),
+        ("seed", np.int32(5), 5),
+        ("scales", np.int64(2), 2),
+        ("style_weight", np.float64(2.5), 2.5),
+        ("style_weight", np.float32(2.5), 2.5),
+        ("style_weight", np.int64(2), 2),
+        ("device", torch.device("cpu"), "cpu"),
+        ("device", torch.device("cuda", 1), "cuda:1"),
+    ],
+)
+def test_lists_paths_devices_and_numpys_numbers_are_taken_as_plain_values(name, given, kept):
+    value = getattr(nst.StyleTransferConfig(**{name: given}), name)
+    assert value == kept
+    assert type(value) is type(kept)
+    if isinstance(kept, tuple):
+        assert [type(part) for part in value] == [type(part) for part in kept]
+
+
+# Devices and number types -------------------------------------------------------------------------
+
+
+def machine_with(monkeypatch, *, gpus: int = 0, mps: bool = False, capability=(8, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "expected"), [(1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")]
+)
+def test_auto_takes_cuda_else_mps_else_the_cpu(monkeypatch, gpus, mps, expected):
+    machine_with(monkeypatch, gpus=gpus, mps=mps)
     assert nst.pick_device() == torch.device(expected)
     assert nst.pick_device("cpu") == torch.device("cpu")
 
 
-def test_a_device_that_is_not_here_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device must be .*cpu.*, not 'cuda'"):
-        nst.pick_device("cuda")
+def test_a_gpu_can_be_chosen_by_its_number(monkeypatch):
+    machine_with(monkeypatch, gpus=2)
+    assert nst.pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"device.*'cuda:2'") as error:
+        nst.pick_device("cuda:2")
+    for allowed in ("'auto'", "cpu", "cuda:0", "cuda:1"):
+        assert allowed in str(error.value)
+    assert "mps" not in str(error.value)
 
 
-@pytest.mark.parametrize(("pays", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_precision_takes_bfloat16_on_a_cpu_only_where_it_is_faster(monkeypatch, pays, expected):
-    monkeypatch.setattr(nst, "_bfloat16_pays", lambda: pays)
+def test_a_device_that_is_not_here_is_refused_when_a_run_starts(monkeypatch):
+    """Not before: a config that came with a picture from another machine can be made and read."""
+    machine_with(monkeypatch)
+    config = replace(TINY, device="cuda:1")
+    with pytest.raises(ValueError, match=r"device.*cpu.*'cuda:1'"):
+        nst.stylize(FLAT, FLAT, config)
+    with pytest.raises(ValueError, match=r"device.*cpu.*'cuda:1'"):
+        nst.VGG19Features.from_config(config)
+
+
+@pytest.mark.parametrize(("faster", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bfloat16_on_a_cpu_only_where_it_is_faster(monkeypatch, faster, expected):
+    monkeypatch.setattr(nst, "bfloat16_is_faster", lambda: faster)
     assert nst.pick_precision("auto", torch.device("cpu")) == expected
     assert nst.pick_precision("float32", torch.device("cpu")) == torch.float32
     assert nst.pick_precision("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((6, 1), torch.float32),  # no tensor cores
+        ((7, 5), torch.float16),  # a T4
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ],
+)
+def test_auto_takes_the_type_that_a_gpu_is_fastest_in(monkeypatch, capability, expected):
+    machine_with(monkeypatch, gpus=1, capability=capability)
+    assert nst.pick_precision("auto", torch.device("cuda")) == expected
+    assert nst.pick_precision("float32", torch.device("cuda")) == torch.float32
+
+
+def test_a_type_that_the_device_does_not_have_is_refused(monkeypatch):
+    machine_with(monkeypatch, gpus=1, capability=(7, 5))
+    with pytest.raises(ValueError, match=r"precision.*'float16'.*cuda.*not 'bfloat16'"):
+        nst.pick_precision("bfloat16", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"precision.*'bfloat16'.*cpu.*not 'int8'"):
+        nst.pick_precision("int8", torch.device("cpu"))
