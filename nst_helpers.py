@@ -297,11 +297,11 @@ class StyleTransferConfig:
         _check_positive("style_scale", self.style_scale)
         if not (_is_number(self.detail) and 0 <= self.detail <= 1):
             raise ValueError(f"detail must be a number from 0 to 1, not {in_words(self.detail)}.")
-        if self.num_steps != "auto":
+        if not _is_word(self.num_steps, "auto"):
             _check_whole_number("num_steps", self.num_steps, minimum=1, or_word="'auto' or ")
         if self.seconds is not None:
             _check_positive("seconds", self.seconds)
-        if self.seconds is not None and self.num_steps != "auto":
+        if self.seconds is not None and isinstance(self.num_steps, int):
             both = f"seconds={self.seconds:g} and num_steps={self.num_steps}"
             raise ValueError(f"Only one of seconds and num_steps can be set, not {both}.")
         if self.content_weight + self.style_weight == 0:
@@ -315,12 +315,13 @@ class StyleTransferConfig:
         _check_choice("quality", self.quality, tuple(QUALITIES))
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("checkpoint", self.checkpoint, ("auto", True, False))
-        if self.scales != "auto":
+        if not _is_word(self.scales, "auto"):
             _check_whole_number("scales", self.scales, minimum=1, or_word="'auto' or ")
         if not isinstance(self.weights, str):
             allowed = "'auto', 'torchvision', 'bundled' or a path"
             raise ValueError(f"weights must be {allowed}, not {in_words(self.weights)}.")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", str(self.device)):
+        is_word = isinstance(self.device, str)
+        if not (is_word and re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device)):
             allowed = "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
             raise ValueError(f"device must be {allowed}, not {in_words(self.device)}.")
 
@@ -330,7 +331,7 @@ class StyleTransferConfig:
             _check_layer_names(name, layers)
             if len(set(layers)) < len(layers):
                 raise ValueError(f"{name} must name each layer once, not {in_words(layers)}.")
-        if self.style_blend != "equal":
+        if not _is_word(self.style_blend, "equal"):
             _check_proportions("style_blend", self.style_blend, or_word="'equal' or ")
         _check_proportions("style_layer_weights", self.style_layer_weights)
         if len(self.style_layer_weights) != len(self.style_layers):
@@ -1583,13 +1584,15 @@ def fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _as_plain_value(value: object) -> object:
-    """Lists as tuples, paths as text, NumPy's numbers as Python's; anything else as it is."""
+    """Lists as tuples, paths and devices as text, NumPy's numbers as Python's."""
     if isinstance(value, (list, tuple)):
         return tuple(_as_plain_value(part) for part in value)
     if isinstance(value, (str, bool)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, torch.device):
+        return str(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -1601,8 +1604,16 @@ def in_words(value: object) -> str:
     """A value as an error message shows it: in one line, and a short one."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number may have more digits than Python prints
+        text = f"this {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _is_word(value: object, word: str) -> bool:
+    """Whether ``value`` is this word; an array, for one, cannot be compared with it."""
+    return isinstance(value, str) and value == word
 
 
 def _is_number(value: object) -> bool:
@@ -1686,6 +1697,8 @@ def check_image(name: str, image: object) -> None:
     if len(shape) != 4 or shape[:2] != (1, 3) or min(shape[2:]) < SMALLEST_SIDE:
         allowed = f"a picture of shape (1, 3, H, W), H and W of at least {SMALLEST_SIDE}"
         raise ValueError(f"{name} must be {allowed}, not {shape}.")
+    if image.is_complex():
+        raise ValueError(f"{name} must be floating-point numbers from 0 to 1, not {image.dtype}.")
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
         given = f"{image.dtype} from {image.min().item():g} to {image.max().item():g}"
         raise ValueError(f"{name} must be floating-point numbers from 0 to 1, not {given}.")
@@ -1932,7 +1945,7 @@ def _name_of(source: Source) -> str:
     if isinstance(source, bytes):
         return "the uploaded picture"
     if isinstance(source, (str, os.PathLike)):
-        return f"'{Path(source).expanduser()}'"
+        return f"'{Path(os.path.expanduser(source))}'"
     return "the picture"
 
 
@@ -1952,7 +1965,7 @@ def _decode(source: Source, formats: list[str]) -> Image.Image:
 
 
 def _existing_file(source: str | os.PathLike) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if re.match(r"https?:", str(source)):
         raise ValueError(f"'{source}' is an address, but a file is needed: download it first.")
     if os.path.isdir(path):
@@ -2129,7 +2142,7 @@ def _with_sources(
 def sha256_of(source: Source | Tensor) -> str:
     """The SHA-256 of a file's bytes, or of the pixels of what is no file."""
     if isinstance(source, (str, os.PathLike)):
-        data = Path(source).expanduser().read_bytes()
+        data = Path(os.path.expanduser(source)).read_bytes()
     elif isinstance(source, Tensor):
         data = source.detach().float().cpu().contiguous().numpy().tobytes()
     elif isinstance(source, Image.Image):
@@ -2417,8 +2430,11 @@ def load_weights(weights: str | os.PathLike, shapes: Shapes) -> Weights:
         return _bundled_weights(shapes)
     if weights == "torchvision":
         return _torchvision_weights(shapes)
+    if not isinstance(weights, (str, os.PathLike)) or isinstance(os.fspath(weights), bytes):
+        allowed = "'auto', 'torchvision', 'bundled' or a path"
+        raise ValueError(f"weights must be {allowed}, not {in_words(weights)}.")
     if weights != "auto":
-        return _weights_from_file(Path(weights).expanduser(), shapes)
+        return _weights_from_file(Path(os.path.expanduser(weights)), shapes)
     try:
         return _torchvision_weights(shapes)
     except (OSError, ValueError) as error:
@@ -2458,9 +2474,9 @@ def _weights_from_file(path: Path, shapes: Shapes) -> Weights:
     version = _version_of(path)
     try:
         tensors = _take(_read_checkpoint(*version), shapes)
-    except MemoryError:
-        raise
     except Exception as error:  # torch.load raises a dozen types on files that are no checkpoints
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else ""
         reason = reason or type(error).__name__
         what = f"'{path.name}' ({version[1]:,} bytes) holds no VGG19 that can be used ({reason})"

@@ -11,7 +11,7 @@ def stripes() -> torch.Tensor:
     return (torch.arange(8) % 2).float().expand(1, 3, 6, 8)
 
 
-# Gram matrices ------------------------------------------------------------------------------------
+# Gram matrices and means --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 7)])
@@ -34,14 +34,36 @@ def test_a_guide_weighs_the_positions_of_each_region():
     torch.testing.assert_close(nst.gram_matrix(features, guide), torch.stack([first, second]))
 
 
-def test_gram_matrices_are_made_layer_by_layer_with_the_guides_that_there_are():
+def test_style_statistics_are_a_gram_matrix_and_below_it_the_means():
+    features = torch.rand(2, 4, 5, 6)
+    found = nst.style_statistics({"a": features, "b": features[:, :3]})
+    assert {layer: tuple(part.shape) for layer, part in found.items()} == {
+        "a": (2, 5, 4),
+        "b": (2, 4, 3),
+    }
+    torch.testing.assert_close(found["a"][:, :-1], nst.gram_matrix(features))
+    torch.testing.assert_close(found["a"][:, -1], features.mean((2, 3)))
+
+
+def test_style_statistics_of_some_layers_only():
     features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
-    guides = {"b": torch.rand(2, 1, 2, 3)}
-    grams = nst.gram_matrices(features, guides)
-    assert list(grams) == ["a", "b"]
-    torch.testing.assert_close(grams["a"], nst.gram_matrix(features["a"]))
-    torch.testing.assert_close(grams["b"], nst.gram_matrix(features["b"], guides["b"]))
-    torch.testing.assert_close(nst.gram_matrices(features)["b"], nst.gram_matrix(features["b"]))
+    assert list(nst.style_statistics(features, ["b"])) == ["b"]
+
+
+def test_style_statistics_of_regions_are_those_of_their_positions():
+    """Of two halves, a region each: the same as of each half alone."""
+    features = torch.rand(1, 4, 6, 8)
+    guide = torch.zeros(2, 1, 6, 8)
+    guide[0, ..., :4] = guide[1, ..., 4:] = 2**0.5  # a mean square of 1
+    found = nst.style_statistics({"a": features}, guides={"a": guide})["a"]
+    halves = torch.cat([features[..., :4], features[..., 4:]])
+    torch.testing.assert_close(found, nst.style_statistics({"a": halves})["a"])
+
+
+def test_only_layers_with_a_guide_have_regions():
+    features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
+    found = nst.style_statistics(features, guides={"b": torch.ones(2, 1, 2, 3)})
+    assert {layer: len(part) for layer, part in found.items()} == {"a": 1, "b": 2}
 
 
 def test_the_gradient_through_a_gram_matrix_is_autograds_own():
@@ -60,44 +82,60 @@ def test_a_gram_matrix_of_large_half_precision_features_is_finite_and_float32():
     torch.testing.assert_close(gram, torch.full((1, 2, 2), 60_000.0**2), rtol=1e-5, atol=0)
 
 
+def test_the_gradient_through_the_means_is_autograds_own():
+    features = torch.rand(2, 3, 4, 5, requires_grad=True)
+    upstream = torch.rand(2, 3)
+    (expected,) = torch.autograd.grad(features.mean((2, 3)), features, upstream)
+    means = nst.style_statistics({"a": features})["a"][:, -1]
+    (found,) = torch.autograd.grad(means, features, upstream)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gram_matrix_in_chunks_is_the_plain_one(monkeypatch, dtype):
+def test_statistics_in_chunks_are_the_plain_ones(monkeypatch, dtype):
     features = torch.rand(1, 8, 30, 21, dtype=dtype, requires_grad=True)
-    flat = features.detach().float().flatten(2)
+    rows = features.detach().float().flatten(2)
+    expected = torch.cat([rows @ rows.mT / (30 * 21), rows.mean(2)[:, None]], dim=1)
     gradients = []
     for positions in (7, 10**6):
-        monkeypatch.setattr(nst, "GRAM_POSITIONS", positions)
-        gram = nst.gram_matrix(features)
-        torch.testing.assert_close(gram, flat @ flat.mT / (30 * 21))
-        gradients += torch.autograd.grad((gram * torch.arange(8.0)).sum(), features)
+        monkeypatch.setattr(nst, "POSITIONS_AT_ONCE", positions)
+        found = nst.style_statistics({"a": features})["a"]
+        torch.testing.assert_close(found, expected)
+        gradients += torch.autograd.grad((found * torch.arange(8.0)).sum(), features)
     assert gradients[0].dtype == dtype
     torch.testing.assert_close(*gradients)
 
 
-def test_a_gram_matrix_keeps_no_copy_of_the_features_and_their_layout():
+def test_statistics_keep_no_copy_of_the_features_and_the_gradient_has_their_layout():
     """A float32 copy at relu1_1 would be the largest tensor of a run in half precision."""
     features = torch.rand(1, 8, 6, 5, dtype=torch.bfloat16)
     features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        gram = nst.gram_matrix(features)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > 64}
+        found = nst.style_statistics({"a": features})["a"]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > 9 * 8}
     assert storages == {features.untyped_storage().data_ptr()}
-    (gradient,) = torch.autograd.grad(gram.sum(), features)
+    (gradient,) = torch.autograd.grad(found.sum(), features)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 # Content and style --------------------------------------------------------------------------------
 
 
-def test_losses_are_zero_at_the_target_and_one_at_nothing():
+def style_distance(picture: torch.Tensor, painting: torch.Tensor) -> torch.Tensor:
+    """The style loss between features of one layer."""
+    found, target = (nst.style_statistics({"a": part}) for part in (picture, painting))
+    return nst.calculate_style_loss(found, target)
+
+
+def test_losses_are_zero_at_the_target_and_large_at_nothing():
     features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
     nothing = {layer: torch.zeros_like(found) for layer, found in features.items()}
-    grams, no_grams = nst.gram_matrices(features), nst.gram_matrices(nothing)
     assert nst.calculate_content_loss(features, features).item() == 0
-    assert nst.calculate_style_loss(grams, grams).item() == 0
     assert nst.calculate_content_loss(nothing, features).item() == pytest.approx(1)
-    assert nst.calculate_style_loss(no_grams, grams).item() == pytest.approx(1)
+    target = nst.style_statistics(features)
+    assert nst.calculate_style_loss(target, target).item() == 0
+    assert nst.calculate_style_loss(nst.style_statistics(nothing), target).item() > 0.9
 
 
 def test_the_content_loss_is_a_mean_over_the_layers_of_the_photo():
@@ -115,12 +153,8 @@ def test_losses_are_relative_so_the_scale_of_a_layer_cancels_out():
     def losses(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         picture, photo = torch.rand(2, 1, 4, 5, 6, generator=generator) * factor
-        grams = nst.gram_matrices({"a": picture})
-        targets = nst.gram_matrices({"a": photo})
-        return (
-            nst.calculate_content_loss({"a": picture}, {"a": photo}),
-            nst.calculate_style_loss(grams, targets),
-        )
+        content = nst.calculate_content_loss({"a": picture}, {"a": photo})
+        return content, style_distance(picture, photo)
 
     torch.testing.assert_close(losses(50), losses(1))
 
@@ -128,47 +162,67 @@ def test_losses_are_relative_so_the_scale_of_a_layer_cancels_out():
 def test_the_size_of_a_painting_does_not_matter_to_the_style_loss():
     features = torch.rand(1, 4, 5, 6)
     tiled = features.repeat(1, 1, 3, 2)  # the same texture, more of it
-    grams, targets = nst.gram_matrices({"a": features}), nst.gram_matrices({"a": tiled})
-    assert nst.calculate_style_loss(grams, targets).item() < 1e-10
+    assert style_distance(tiled, features).item() < 1e-8
 
 
 def test_style_ignores_where_things_are_and_content_does_not():
-    features = {"a": torch.rand(1, 4, 6, 6)}
-    moved = {"a": features["a"].flip(3)}
-    grams, moved_grams = nst.gram_matrices(features), nst.gram_matrices(moved)
-    assert nst.calculate_style_loss(moved_grams, grams).item() < 1e-10
-    assert nst.calculate_content_loss(moved, features).item() > 0.1
+    features = torch.rand(1, 4, 6, 6)
+    moved = features.flip(3)
+    assert style_distance(moved, features).item() < 1e-8
+    assert nst.calculate_content_loss({"a": moved}, {"a": features}).item() > 0.1
+
+
+def test_strong_means_do_not_hide_how_channels_vary_together():
+    """In a Gram matrix alone these two would differ by one part in a hundred million."""
+    wave = torch.randn(1, 1, 40, 40)
+    together = 100 + torch.cat([wave, wave], dim=1)
+    in_turn = 100 + torch.cat([wave, -wave], dim=1)
+    assert style_distance(in_turn, together).item() > 0.1
+
+
+def test_the_means_of_channels_count_too():
+    features = torch.rand(1, 4, 20, 20)
+    assert style_distance(features + 1, features).item() > 0.1
+
+
+def near_and_far() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A target, what matches it, and what does not: each the statistics of one layer."""
+    target = nst.style_statistics({"a": torch.rand(1, 4, 5, 6)})["a"]
+    other = nst.style_statistics({"a": torch.rand(1, 4, 5, 6) ** 2})["a"]
+    return target, target.clone(), other
 
 
 def test_layer_weights_make_a_weighted_mean():
-    found = {"near": torch.ones(1, 1, 1), "far": torch.zeros(1, 1, 1)}
-    targets = {layer: torch.ones(1, 1, 1) for layer in found}  # distances 0 and 1
-    assert nst.calculate_style_loss(found, targets).item() == 0.5
-    assert nst.calculate_style_loss(found, targets, (3, 1)).item() == 0.25
-    assert nst.calculate_style_loss(found, targets, (30, 10)).item() == 0.25
+    target, near, far = near_and_far()
+    distance = nst.calculate_style_loss({"far": far}, {"far": target}).item()
+    found, targets = {"near": near, "far": far}, {"near": target, "far": target}
+    for weights, share in ((None, 1 / 2), ((3, 1), 1 / 4), ((30, 10), 1 / 4), ((0, 2), 1)):
+        loss = nst.calculate_style_loss(found, targets, weights)
+        assert loss.item() == pytest.approx(share * distance)
 
 
 def test_regions_count_by_their_shares():
-    found = {"a": torch.tensor([[[1.0]], [[0.0]]])}  # two regions, a matrix each
-    targets = {"a": torch.tensor([[[1.0]], [[5.0]]])}  # distances 0 and 1
+    target, near, far = near_and_far()
+    distance = nst.calculate_style_loss({"a": far}, {"a": target}).item()
+    found, targets = {"a": torch.cat([near, far])}, {"a": torch.cat([target, target])}
     loss = nst.calculate_style_loss(found, targets, region_shares=(0.25, 0.75))
-    assert loss.item() == pytest.approx(0.75)
+    assert loss.item() == pytest.approx(0.75 * distance)
 
 
-@pytest.mark.parametrize("given", [(1, 4, 5, 6), (2, 4, 4), (1, 8, 8)])
-def test_what_is_no_gram_matrix_of_that_layer_is_refused(given):
-    targets = {"relu1_1": torch.ones(1, 4, 4)}
-    with pytest.raises(ValueError, match="relu1_1") as error:
+@pytest.mark.parametrize("given", [(1, 4, 5, 6), (1, 4, 4), (2, 5, 4), (1, 9, 8)])
+def test_what_is_no_statistics_of_that_layer_is_refused(given):
+    targets = {"relu1_1": torch.ones(1, 5, 4)}
+    with pytest.raises(ValueError, match=r"^relu1_1 ") as error:
         nst.calculate_style_loss({"relu1_1": torch.ones(given)}, targets)
-    for part in (repr(given), "(1, 4, 4)", "gram_matrices"):
+    for part in (repr(given), "(1, 5, 4)", "style_statistics"):
         assert part in str(error.value)
 
 
 def test_a_target_of_zeros_keeps_the_losses_finite():
     ones, zeros = torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
-    grams, targets = nst.gram_matrices({"a": ones}), nst.gram_matrices({"a": zeros})
     assert nst.calculate_content_loss({"a": ones}, {"a": zeros}).isfinite()
-    assert nst.calculate_style_loss(grams, targets).isfinite()
+    assert style_distance(ones, zeros).isfinite()
+    assert style_distance(zeros, ones).isfinite()
 
 
 def test_losses_of_half_precision_features_are_computed_in_float32():
@@ -194,37 +248,28 @@ def test_total_variation_of_stripes_counts_one_direction():
     assert nst.total_variation_loss(stripes().mT).item() == 1
 
 
-def losses_of_stripes(layers: tuple[str, ...]) -> dict[str, float]:
-    """Of stripes with 1/4 of content loss, and style distances of 0 in relu1_1, 1 in relu2_1."""
+def test_the_total_is_the_weighted_sum_of_the_three():
+    """The network gives layers from shallow to deep, whatever their order in the config."""
     config = nst.StyleTransferConfig(
         content_weight=5,
         style_weight=7,
         tv_weight=11,
         content_layers=("relu3_1",),
-        style_layers=layers,
-        style_layer_weights=[{"relu1_1": 3, "relu2_1": 1}[layer] for layer in layers],
+        style_layers=("relu2_1", "relu1_1"),
+        style_layer_weights=(1, 3),
     )
+    target, near, far = near_and_far()
+    distance = nst.calculate_style_loss({"a": far}, {"a": target}).item()
+    targets = nst.Targets(
+        content={"relu3_1": torch.full((1, 1, 2, 2), 2.0)},
+        style={"relu2_1": target, "relu1_1": target},
+        guides=None,
+        region_shares=(1.0,),
+    )
+    features = {"relu3_1": torch.ones(1, 1, 2, 2)}  # (1 - 2)² / 2²
     losses = nst.calculate_losses(
-        stripes(),
-        {"relu3_1": torch.ones(1, 1, 2, 2)},
-        {"relu1_1": torch.ones(1, 1, 1), "relu2_1": torch.zeros(1, 1, 1)},
-        {"relu3_1": torch.full((1, 1, 2, 2), 2.0)},  # (1 - 2)² / 2²
-        {"relu1_1": torch.ones(1, 1, 1), "relu2_1": torch.ones(1, 1, 1)},
-        config,
+        stripes(), features, {"relu1_1": near, "relu2_1": far}, targets, config
     )
-    return {name: loss.item() for name, loss in losses.items()}
-
-
-def test_the_total_is_the_weighted_sum_of_the_three():
-    assert losses_of_stripes(("relu1_1", "relu2_1")) == {
-        "content": 0.25,
-        "style": 0.25,
-        "tv": 1,
-        "total": 5 * 0.25 + 7 * 0.25 + 11,
-    }
-
-
-def test_layer_weights_belong_to_the_layers_of_the_config_in_whatever_order():
-    """The network gives layers from shallow to deep, however the config names them."""
-    in_order, reversed_order = ("relu1_1", "relu2_1"), ("relu2_1", "relu1_1")
-    assert losses_of_stripes(reversed_order) == losses_of_stripes(in_order)
+    style = distance / 4
+    expected = {"content": 1 / 4, "style": style, "tv": 1, "total": 5 / 4 + 7 * style + 11}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
