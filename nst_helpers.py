@@ -1044,8 +1044,8 @@ def plan_scales(
     scales = []
     begin = 0
     for number, scale_size in enumerate(sizes):  # how many scales are finer
-        # Rounded up, so that the finest has at least one step.
-        end = math.ceil(num_steps * sum(shares[: number + 1]) / sum(shares))
+        # Rounded up, so that the finest has at least one step; in whole numbers, to be exact.
+        end = -(-num_steps * sum(shares[: number + 1]) // sum(shares))
         rate = config.learning_rate * (1 + RATE_GROWTH * number)  # large shapes move further
         scales.append(Scale(scale_size, end - begin, rate))
         begin = end
@@ -1678,7 +1678,13 @@ def gather_pictures(
         check_image("keep", keep)
     if start is not None:
         check_image("start", start)
-    return Pictures(content, paintings, regions, keep, start)
+    return Pictures(
+        content=content.float(),
+        styles=[painting.float() for painting in paintings],
+        masks=[region.float() for region in regions],
+        keep=None if keep is None else keep.float(),
+        start=None if start is None else start.float(),
+    )
 
 
 def as_list(pictures: Any) -> list[Any]:
@@ -3412,9 +3418,21 @@ class Easel:
         self.status = widgets.HTML()
         self.link = widgets.HTML()
         self.page = widgets.HTML()
+        self.notice = widgets.HTML()  # whether clicks must wait
+        shell = get_ipython()
+        if shell is not None:
+            shell.events.register("pre_run_cell", self._say_that_clicks_wait)
+            shell.events.register("post_run_cell", self._say_nothing)
         self.paint_button.on_click(self._press_paint)
         self.stop_button.on_click(self._press_stop)
         self.strength.observe(self._move_strength, names="value")
+
+    def _say_that_clicks_wait(self, *_: object) -> None:
+        """While a cell runs, ipykernel keeps clicks on widgets that a cell made for later."""
+        self.notice.value = "<i>Cells are running: clicks count when they are done.</i>"
+
+    def _say_nothing(self, *_: object) -> None:
+        self.notice.value = ""
 
     def _press_paint(self, button: widgets.Button) -> None:
         assert self.panel is not None
@@ -3475,6 +3493,7 @@ class Panel:
         self.paint_button = self.easel.paint_button
         self.stop_button = self.easel.stop_button
         self.strength = self.easel.strength
+        self.notice = self.easel.notice
         self.status = self.easel.status
         self.link = self.easel.link
         self.page = self.easel.page
@@ -3537,7 +3556,8 @@ class Panel:
         if not is_in_colab():  # where an upload may be lost, and Stop is not heard
             rows.insert(0, widgets.HBox(list(self.uploads.values())))
             buttons.append(self.stop_button)
-        display(widgets.VBox([*rows, widgets.HBox(buttons), self.strength, self.page]))
+        below = [widgets.HBox(buttons), self.notice, self.strength, self.page]
+        display(widgets.VBox([*rows, *below]))
 
     def _keep_what_was_chosen(self, earlier: "Panel") -> None:
         kept = []

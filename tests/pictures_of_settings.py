@@ -1,6 +1,6 @@
 """Paint the README's pictures of the settings: ``python tests/pictures_of_settings.py [NAME ...]``.
 
-One strip a setting, low, default, high, at 256 pixels, the photo and the painting always the same; with the names of
+One strip a setting, low, default, high, at 256 pixels, the photo and the painting always the same; with
 some settings, only their strips. It takes some ten minutes on two cores.
 """
 
@@ -19,6 +19,7 @@ CONFIG = nst.StyleTransferConfig(weights="bundled", precision="float32", max_siz
 FOLDER = ROOT / "images" / "settings"
 TILE = (150, 100)
 NOISY = replace(CONFIG, noise=0.3)
+WEIGHTS = CONFIG.style_layer_weights
 
 
 def load(name: str, size: int = 256) -> torch.Tensor:
@@ -31,37 +32,41 @@ def ramp() -> torch.Tensor:
     return torch.linspace(-2, 3, photo.shape[3]).clamp(0, 1).expand_as(photo)
 
 
-def choices() -> dict[str, dict[str, nst.StyleTransferConfig]]:
+def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
     """{setting: {label: config}}."""
 
     def values(name: str, *options, base=CONFIG) -> dict[str, nst.StyleTransferConfig]:
         return {str(option): replace(base, **{name: option}) for option in options}
 
-    deep, shallow, late = ("relu3_1", "relu4_1", "relu5_1"), ("relu1_1", "relu2_1"), (1, 1, 1, 4, 8)
+    deep, shallow = ("relu3_1", "relu4_1", "relu5_1"), ("relu1_1", "relu2_1")
     layers = {
         "relu1_1, relu2_1": replace(CONFIG, style_layers=shallow, style_layer_weights=(1, 1)),
-        "all five": CONFIG,
+        "all four": CONFIG,
         "relu3_1 to relu5_1": replace(CONFIG, style_layers=deep, style_layer_weights=(4, 2, 1)),
     }
+    content_layers = ("relu2_2", "relu4_2", "relu5_2")
+    late = (1, 1, 4, 8)
     return {
         "max_size": values("max_size", 128, 512, 1024),
-        "num_steps": values("num_steps", 20, 75, 300),
+        "quality": values("quality", "quick", "normal", "best"),
+        "num_steps": values("num_steps", 10, 75, 300),
         "scales": values("scales", 1, 2, "auto"),
-        "content_weight": values("content_weight", 0, 2.5, 25),
-        "style_weight": values("style_weight", 3, 30, 300),
-        "tv_weight": values("tv_weight", 0, 2, 2000),
-        "color": values("color", "style", "content", "luminance"),
-        "style_scale": values("style_scale", 0.5, 1, 2),
+        "content_weight": values("content_weight", 0, 6.0, 60),
+        "style_weight": values("style_weight", 3, 30.0, 300),
+        "tv_weight": values("tv_weight", 0, 2.0, 200),
+        "detail": values("detail", 0, 0.5, 1.0),
+        "color": values("color", *nst.COLORS),
+        "style_scale": values("style_scale", 0.5, 1.0, 2),
         "style_blend": values("style_blend", (1, 0), "equal", (0, 1)),
-        "masks": {"none": CONFIG, "left, right": replace(CONFIG, masks=(1 - ramp(), ramp()))},
-        "keep": {"None": CONFIG, "left": replace(CONFIG, keep=1 - ramp())},
-        "init": values("init", "content", "noise", "style"),
-        "optimizer": values("optimizer", "adam", "lbfgs"),
+        "init": values("init", *nst.STARTS),
+        "optimizer": values("optimizer", *nst.OPTIMIZERS),
         "learning_rate": values("learning_rate", 0.002, 0.02, 0.2),
-        "content_layers": {name: replace(CONFIG, content_layers=(name,)) for name in ("relu2_2", "relu4_2", "relu5_2")},
+        "content_layers": {
+            name: replace(CONFIG, content_layers=(name,)) for name in content_layers
+        },
         "style_layers": layers,
-        "style_layer_weights": values("style_layer_weights", (1, 0, 0, 0, 0), CONFIG.style_layer_weights, late),
-        "pooling": values("pooling", "max", "average"),
+        "style_layer_weights": values("style_layer_weights", (1, 0, 0, 0), WEIGHTS, late),
+        "pooling": values("pooling", *nst.POOLINGS),
         "precision": values("precision", "float32", "bfloat16", "float16"),
         "checkpoint": values("checkpoint", False, True),
         "noise": values("noise", 0.0, 0.3, 1.0),
@@ -69,11 +74,20 @@ def choices() -> dict[str, dict[str, nst.StyleTransferConfig]]:
     }
 
 
-def paint(name: str, config: nst.StyleTransferConfig) -> Image.Image:
+def pictures() -> dict[str, dict[str, dict]]:
+    """{argument: {label: arguments of stylize}}."""
+    left, right = 1 - ramp(), ramp()
+    return {
+        "masks": {"none": {}, "left, right": {"masks": [left, right]}},
+        "keep": {"none": {}, "left": {"keep": left}},
+    }
+
+
+def paint(config: nst.StyleTransferConfig, two_styles: bool = False, **arguments) -> Image.Image:
     styles = [load("starry_night.jpg", max(512, config.max_size))]
-    if name in ("style_blend", "masks"):
+    if two_styles:
         styles.append(load("stained_glass.jpg"))
-    for step in nst.stylize(load("china.jpg", config.max_size), styles, config):
+    for step in nst.stylize(load("china.jpg", config.max_size), styles, config, **arguments):
         image = step.image
     return nst.to_pil(image)
 
@@ -88,16 +102,18 @@ def strip(pictures: dict[str, Image.Image]) -> Image.Image:
     return sheet
 
 
+def paint_strip(name: str) -> Image.Image:
+    if name in pictures():
+        two_styles = name == "masks"
+        labelled = pictures()[name].items()
+        return strip({label: paint(CONFIG, two_styles, **given) for label, given in labelled})
+    two_styles = name == "style_blend"
+    configs = settings()[name].items()
+    return strip({label: paint(config, two_styles) for label, config in configs})
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    painted = {}  # the default is in most of the strips
-    for name, configs in choices().items():
-        if name in (sys.argv[1:] or [name]):
-            pictures = {}
-            for label, config in configs.items():
-                is_default = config == CONFIG and name not in ("style_blend", "masks")
-                pictures[label] = painted["default"] if is_default and painted else paint(name, config)
-                if is_default:
-                    painted["default"] = pictures[label]
-            strip(pictures).save(FOLDER / f"{name}.jpg", quality=85)
-            print(name, flush=True)
+    for name in sys.argv[1:] or [*settings(), *pictures()]:
+        paint_strip(name).save(FOLDER / f"{name}.jpg", quality=85)
+        print(name, flush=True)
