@@ -272,7 +272,8 @@ class StyleTransferConfig:
         for name in settings.keys() - cls.__dataclass_fields__.keys():
             nearest = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "see help(StyleTransferConfig)."
-            raise TypeError(f"There is no setting {name}: {hint}")
+            shown = name if name.isidentifier() and len(name) < 100 else in_words(name)
+            raise TypeError(f"There is no setting {shown}: {hint}")
         return super().__new__(cls)
 
     @property
@@ -990,7 +991,7 @@ class Run:
         settings = {
             **self.record["settings"],
             "num_steps": total,
-            "max_size": max(final_size),
+            "max_size": max(self.config.max_size, *final_size),  # for loading them as large again
             "precision": name_of_dtype(self.network.dtype),
             "checkpoint": "auto" if len(self.modes) > 1 else self.checkpoint,
         }
@@ -1726,7 +1727,9 @@ def check_run(
     """``ValueError`` for what does not go together, or does not fit into memory."""
     if not isinstance(config, StyleTransferConfig):
         raise ValueError(f"config must be a StyleTransferConfig, not {in_words(config)}.")
-    if network is not None:
+    if network is None:
+        check_weights_setting(config.weights)
+    else:
         _check_network(network, config)
     _check_counts(pictures, config)
     for number, mask in enumerate(pictures.masks):
@@ -1955,13 +1958,16 @@ def _name_of(source: Source) -> str:
     return "the picture"
 
 
-def _decode(source: Source, formats: list[str]) -> Image.Image:
-    """The picture with its pixels read, so that damage shows now."""
+def _decode(source: Any, formats: list[str]) -> Image.Image:
+    """The picture with its pixels read, so that damage shows now, and its file is closed."""
     if isinstance(source, Image.Image):
-        picture = source
-    else:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        picture = Image.open(file, formats=formats)
+        return _with_pixels(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=formats) as picture:
+        return _with_pixels(picture)
+
+
+def _with_pixels(picture: Image.Image) -> Image.Image:
     # Pillow itself only warns up to twice its limit.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and picture.width * picture.height > limit:
@@ -2052,6 +2058,7 @@ RECORD_VERSION = 2  # of its format
 RECORD_LIMIT = 2**16  # characters that are read of it at most
 NAMED_WEIGHTS = ("torchvision", "bundled")
 AUTOSAVE_SECONDS = 20
+NAMING_LOCK = Lock()  # two runs in this process may end in the same second
 FRAME_MILLISECONDS = 80  # that a picture of a timelapse is shown
 LAST_FRAME_MILLISECONDS = 2500
 
@@ -2209,9 +2216,14 @@ class PartialPicture:
 
     def remove(self) -> None:
         """When the picture itself is saved, or about to be."""
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             self.path.unlink(missing_ok=True)
-            self.path = None
+        except OSError as error:  # as on Windows, while another program shows it
+            problem = f"'{self.path}' stays on disk: {error.strerror}."
+            warnings.warn(problem, RecoveryWarning, stacklevel=3)
+        self.path = None
 
 
 def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
@@ -2249,9 +2261,10 @@ def _name_file(draft: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # some file systems know no hard links, such as those of memory cards
-        if path.exists():
-            raise FileExistsError from None
-        os.rename(draft, path)
+        with NAMING_LOCK:
+            if path.exists():
+                raise FileExistsError from None
+            os.rename(draft, path)
 
 
 def describe_run(
@@ -2353,7 +2366,7 @@ def settings_from_png(source: str | os.PathLike | bytes, **given: Any) -> StyleT
         listed = " and ".join(own_pictures)
         advice = f"{name} was painted with {listed} of your own: give them to stylize again."
         warnings.warn(advice, SettingsWarning, stacklevel=2)
-    return _for_this_machine(config, name)
+    return _for_this_machine(config, name, given)
 
 
 def _own_pictures(record: Mapping[str, Any]) -> list[str]:
@@ -2375,8 +2388,15 @@ def _settings_of_version_1(settings: Mapping[str, Any]) -> dict[str, Any]:
     return today
 
 
-def _for_this_machine(config: StyleTransferConfig, name: str) -> StyleTransferConfig:
-    """The settings with "auto" for a device and a precision that are not to be had here."""
+def _for_this_machine(
+    config: StyleTransferConfig, name: str, given: Collection[str]
+) -> StyleTransferConfig:
+    """The settings with "auto" for a device and a precision that this machine lacks.
+
+    Those that were ``given`` stay: a run will refuse them in a sentence.
+    """
+    if "device" in given or "precision" in given:
+        return config
     try:
         device = pick_device(config.device)
     except ValueError:
@@ -2430,6 +2450,13 @@ class Weights:
 Shapes = Mapping[str, torch.Size]  # {"conv1_1.weight": (64, 3, 3, 3), ...}, those that are needed
 
 
+def check_weights_setting(weights: str | os.PathLike) -> None:
+    """``FileNotFoundError`` for a file that is not there: better before a run than after one."""
+    if weights not in ("auto", *NAMED_WEIGHTS) and not Path(weights).expanduser().is_file():
+        allowed = "'auto', 'torchvision', 'bundled' or a file"
+        raise FileNotFoundError(f"weights must be {allowed}: there is no '{weights}'.")
+
+
 def load_weights(weights: str | os.PathLike, shapes: Shapes) -> Weights:
     """The weights that a ``weights`` setting names: see ``VGG19Features``, errors included."""
     if weights == "bundled":
@@ -2474,9 +2501,7 @@ def _torchvision_weights(shapes: Shapes) -> Weights:
 
 def _weights_from_file(path: Path, shapes: Shapes) -> Weights:
     """The weights in a state dict with torchvision's names, features.0.weight and so on."""
-    if not path.is_file():
-        allowed = "'auto', 'torchvision', 'bundled' or a file"
-        raise FileNotFoundError(f"weights must be {allowed}: there is no '{path}'.")
+    check_weights_setting(path)
     version = _version_of(path)
     try:
         tensors = _take(_read_checkpoint(*version), shapes)
@@ -2729,7 +2754,8 @@ def measure_rate(pictures: Pictures, config: StyleTransferConfig, network: VGG19
     scale = Scale(small.size, TRIAL_STEPS, config.learning_rate)
     extractor = FeatureExtractor(network, config, checkpoint=False)
     ends = []
-    for _, _, losses in paint_scale(models.content, scale, models, config, extractor):
+    image = first_picture(models, small.size, config)
+    for _, _, losses in paint_scale(image, scale, models, config, extractor):
         losses["total"].item()  # waits for a GPU
         ends.append(time.perf_counter())
     fastest = min(end - begin for begin, end in itertools.pairwise(ends))
@@ -2967,6 +2993,10 @@ def heap_options(keep_freed_blocks: bool) -> Iterator[None]:
 
 FIGURE_WIDTH = 9  # inches
 TITLE_HEIGHT = 0.3
+# Where runs differ in one of these, they may need a network each.
+NETWORK_SETTINGS = frozenset(
+    ("content_layers", "style_layers", "pooling", "weights", "precision", "device")
+)
 
 
 def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> None:
@@ -3052,14 +3082,15 @@ def sweep(
     for tried in configs.values():
         smaller = shrink_to(content, tried.max_size)
         check_run(replace(pictures, content=smaller), tried, network)
+    sweeps_networks = not NETWORK_SETTINGS.isdisjoint(values)
     columns = len(list(values.values())[-1])
     results: dict[str, Tensor] = {}
-    form = "{desc}: |{bar:20}| {elapsed}, {remaining} left"
+    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
     try:
         with tqdm(total=len(configs), file=sys.stdout, leave=False, bar_format=form) as bar:
             for number, (label, tried) in enumerate(configs.items()):
                 bar.set_description(label)
-                if network is None or not _is_made_for(network, tried):
+                if network is None or (sweeps_networks and not _is_made_for(network, tried)):
                     network = VGG19Features.from_config(tried)
                 smaller = shrink_to(content, tried.max_size)
                 for step in stylize(
@@ -3572,7 +3603,8 @@ class Panel:
         if earlier.network is self.network:
             self.rate = earlier.rate
         if kept and not self._is_painting():
-            self._say(f"Your {' and your '.join(kept)} stay as uploaded.")
+            stays = "stays" if len(kept) == 1 else "stay"
+            self._say(f"Your {' and your '.join(kept)} {stays} as uploaded.")
 
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture, and say so; else keep what was chosen."""
@@ -3694,6 +3726,10 @@ class Panel:
             return
         blend = blend_with_photo(run.step, run.photo, strength)
         self.page.value = picture_tag(blend.image, f"the result at a strength of {strength:.0%}")
-        path = run.save(blend, self.folder)
+        try:
+            path = run.save(blend, self.folder)
+        except OSError as error:  # nobody would tell what goes wrong in a slider
+            self._say(str(error))
+            return
         self._say(f"At a strength of {strength:.0%}, saved as {path}.")
         self.link.value = download_link(path)

@@ -106,17 +106,18 @@ def test_statistics_in_chunks_are_the_plain_ones(monkeypatch, dtype):
     torch.testing.assert_close(*gradients)
 
 
-def test_statistics_keep_no_copy_of_the_features_and_the_gradient_has_their_layout():
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_statistics_keep_no_copy_of_the_features_and_the_gradient_has_their_layout(layout):
     """A float32 copy at relu1_1 would be the largest tensor of a run in half precision."""
     features = torch.rand(1, 8, 6, 5, dtype=torch.bfloat16)
-    features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
+    features = features.contiguous(memory_format=layout).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         found = nst.style_statistics({"a": features})["a"]
     storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > 9 * 8}
     assert storages == {features.untyped_storage().data_ptr()}
     (gradient,) = torch.autograd.grad(found.sum(), features)
-    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=layout)
 
 
 # Content and style --------------------------------------------------------------------------------

@@ -1,0 +1,563 @@
+"""Pictures in: every format, mode and orientation comes in right; damage is refused by name."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import fail
+from PIL import Image, ImageCms, ImageOps, features
+
+import nst_helpers as nst
+
+# Pillow warns of much that it then refuses or mends.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+SIZE = 64, 48  # width and height
+ORIENTATION = 0x0112  # the EXIF tag
+UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+MODES = {
+    "JPEG": ("L", "RGB", "CMYK", "YCCK"),
+    "PNG": ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("1", "L", "P", "animated"),
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "I", "F"),
+    "BMP": ("1", "L", "P", "RGB"),
+    "APNG": ("animated",),
+}
+if features.check("avif"):
+    MODES["AVIF"] = ("RGB", "RGBA")
+TURNABLE = ("JPEG", "PNG", "WEBP", "TIFF")
+CASES = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
+RED, GREEN, BLUE, WHITE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+
+
+def four_corners() -> Image.Image:
+    """Red and green above blue and white."""
+    picture = Image.new("RGB", SIZE, "white")
+    picture.paste("red", (0, 0, 32, 24))
+    picture.paste("lime", (32, 0, 64, 24))
+    picture.paste("blue", (0, 24, 32, 48))
+    return picture
+
+
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    whites = {"I;16": (np.uint16, 65535), "I": (np.int32, 65535), "F": (np.float32, 1)}
+    if mode in whites:
+        number_type, white = whites[mode]
+        grey = np.asarray(picture.convert("L")) / 255
+        return Image.fromarray((grey * white).astype(number_type))
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB")
+    if mode == "PA":  # a palette in which red is transparent
+        picture = picture.convert("P")
+        picture.info["transparency"] = picture.getpixel((0, 0))
+        return picture
+    if mode == "YCCK":  # Pillow writes CMYK as it is; see `encoded`
+        *colors, black = picture.convert("CMYK").split()
+        ycc = Image.merge("RGB", colors).convert("YCbCr")
+        return Image.merge("CMYK", [*map(ImageOps.invert, ycc.split()), black])
+    return picture.convert("RGB" if mode == "animated" else mode)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", mode: str = "RGB", **options) -> bytes:
+    file = io.BytesIO()
+    picture = in_mode(picture, mode)
+    if mode == "animated":
+        options |= {"save_all": True, "append_images": [Image.new("RGB", picture.size, "black")]}
+    if kind == "JPEG":
+        options["quality"] = 95
+    if mode == "PA":
+        options["transparency"] = picture.info["transparency"]
+    picture.save(file, "PNG" if kind == "APNG" else kind, **options)
+    data = file.getvalue()
+    if mode == "YCCK":
+        flag = data.index(b"Adobe") + 11  # of Adobe's marker: 0 is CMYK, 2 is YCCK
+        assert data[flag] == 0
+        data = data[:flag] + b"\2" + data[flag + 1 :]
+    return data
+
+
+def corners(image: torch.Tensor) -> torch.Tensor:
+    """The colours 4 pixels away from the corners, row by row, (4, 3)."""
+    return torch.stack([image[0, :, y, x] for y in (4, -5) for x in (4, -5)])
+
+
+def expected_corners(mode: str) -> torch.Tensor:
+    colors = torch.stack([RED, GREEN, BLUE, WHITE])
+    if mode in ("L", "LA", "La", "I;16", "I", "F"):
+        return (colors @ torch.tensor([0.299, 0.587, 0.114]))[:, None].expand(4, 3)
+    return torch.stack([WHITE, GREEN, BLUE, WHITE]) if mode == "PA" else colors
+
+
+def assert_one_sentence(error: Exception, name: str) -> None:
+    text = str(error)
+    assert text.startswith(name), text
+    assert "\n" not in text
+    assert len(text) < 1000
+
+
+# Formats, modes, orientations -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "mode"), CASES)
+def test_every_format_and_mode_comes_in_with_its_colours(kind, mode):
+    image = nst.load_image(encoded(four_corners(), kind, mode))
+    assert image.shape == (1, 3, 48, 64)
+    assert image.dtype == torch.float32
+    if mode == "1":  # dithered
+        assert set(image.unique().tolist()) == {0, 1}
+        assert (corners(image)[3] == 1).all()
+    else:
+        torch.testing.assert_close(corners(image), expected_corners(mode), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "La", "RGBa"])
+def test_a_picture_in_a_mode_that_no_file_has_comes_in_too(mode):
+    between = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+    image = nst.load_image(four_corners().convert(between).convert(mode))
+    torch.testing.assert_close(corners(image), expected_corners(mode), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", TURNABLE)
+def test_every_format_and_orientation_comes_in_upright(kind, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = four_corners()
+    if orientation in UNDO:
+        stored = stored.transpose(UNDO[orientation])
+    for mode in MODES[kind]:
+        if mode in ("PA", "1"):
+            continue
+        image = nst.load_image(encoded(stored, kind, mode, exif=exif.tobytes()))
+        assert image.shape == (1, 3, 48, 64), mode
+        expected = expected_corners(mode)
+        torch.testing.assert_close(corners(image), expected, atol=0.1, rtol=0, msg=mode)
+
+
+def test_an_odd_exif_tag_is_no_reason_to_refuse_a_photo():
+    odd = struct.pack("<HHI4s", 0x0100, 2, 4, b"odd")  # ImageWidth as text, not as a number
+    turned = struct.pack("<HHIHH", ORIENTATION, 3, 1, 3, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + turned + struct.pack("<I", 0)
+    image = nst.load_image(encoded(four_corners().transpose(UNDO[3]), exif=exif))
+    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_scaled_and_not_cut_off(mode):
+    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    in_numbers = {
+        "I;16": (ramp * 65535).astype(np.uint16),
+        "I": (ramp * 65535).astype(np.int32),
+        "F": ramp.astype(np.float32),
+    }
+    picture = Image.fromarray(in_numbers[mode])
+    assert picture.mode == mode
+    expected = torch.tensor(ramp, dtype=torch.float32).expand(1, 3, 64, 64)
+    torch.testing.assert_close(nst.load_image(picture), expected, atol=1 / 500, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    clear_black = Image.new("RGBA", (20, 20), (0, 0, 0, 0)).convert(mode)
+    assert nst.load_image(clear_black).min() == 1
+    half_black = Image.new("RGBA", (20, 20), (0, 0, 0, 128)).convert(mode)
+    assert nst.load_image(half_black).mean() == pytest.approx(0.5, abs=0.01)
+
+
+# Sources, sizes, devices ------------------------------------------------------------------------
+
+
+def test_a_path_its_text_its_bytes_and_the_picture_give_the_same_tensor(tmp_path):
+    path = tmp_path / "picture.png"
+    four_corners().save(path)
+    expected = nst.load_image(path)
+    for source in (str(path), path.read_bytes(), four_corners(), Image.open(path)):
+        assert torch.equal(nst.load_image(source), expected)
+
+
+def test_a_path_in_the_home_folder_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    four_corners().save(tmp_path / "picture.png")
+    assert nst.load_image("~/picture.png").shape == (1, 3, 48, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "max_size", "upscale", "expected"),
+    [
+        ((200, 100), 50, False, (25, 50)),
+        ((100, 200), 50, False, (50, 25)),
+        ((200, 100), 512, False, (100, 200)),  # not enlarged unasked
+        ((200, 100), 400, True, (200, 400)),
+        ((40, 20), 20, False, (16, 32)),  # the short side keeps 16 pixels
+        ((1000, 16), 512, False, (16, 1000)),
+    ],
+)
+def test_the_long_side_becomes_max_size(size, max_size, upscale, expected):
+    image = nst.load_image(Image.new("RGB", size), max_size, upscale=upscale)
+    assert tuple(image.shape[2:]) == expected
+
+
+def test_resizing_is_lanczos():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    expected = nst.load_image(noise.resize((32, 32), Image.Resampling.LANCZOS))
+    assert torch.equal(nst.load_image(noise, 32), expected)
+
+
+def test_a_picture_goes_to_the_device_that_is_named():
+    assert nst.load_image(four_corners(), device="cpu").device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device") as error:
+        nst.load_image(four_corners(), device="gpu")
+    assert "'gpu'" in str(error.value)
+
+
+def test_a_tensor_is_resized_within_its_range():
+    checks = torch.tensor([[0.0, 1], [1, 0]]).repeat(12, 12).expand(1, 3, 24, 24)
+    larger = nst.resize(checks, (50, 70))
+    assert larger.shape == (1, 3, 50, 70)
+    assert larger.min() == 0  # bicubic leaves the range at such edges
+    assert larger.max() == 1
+    assert nst.resize(checks, (12, 12)).std() < 0.1  # antialiased: grey, and no checkerboard
+    assert torch.equal(nst.resize(checks, (24, 24)), checks)
+
+
+@pytest.mark.parametrize(
+    ("size", "long_side", "expected"),
+    [((100, 200), 50, (25, 50)), ((100, 200), 300, (100, 200)), ((20, 400), 100, (16, 320))],
+)
+def test_a_tensor_is_shrunk_but_never_enlarged(size, long_side, expected):
+    assert tuple(nst.shrink_to(torch.zeros(1, 3, *size), long_side).shape[2:]) == expected
+
+
+# Colour profiles --------------------------------------------------------------------------------
+
+
+def swapped_profile() -> bytes:
+    """sRGB, but what is called red is blue."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"????"), (b"bXYZ", b"rXYZ"), (b"????", b"bXYZ")):
+        profile = profile.replace(old, new, 1)
+    return profile
+
+
+def linear_grey_profile() -> bytes:
+    """A grey profile without a gamma: 0.5 is half as much light as white."""
+    d50 = struct.pack(">3i", 63190, 65536, 54061)
+    white = b"XYZ \0\0\0\0" + d50
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, 256, 0)  # gamma 1.0, padded
+    table = struct.pack(">I", 2)
+    table += struct.pack(">4sII", b"wtpt", 156, 20) + struct.pack(">4sII", b"kTRC", 176, 16)
+    header = struct.pack(">II", 192, 0) + b"\2\x10\0\0mntrGRAYXYZ " + bytes(12)
+    header += b"acsp" + bytes(28) + d50
+    return header.ljust(128, b"\0") + table + white + curve
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_embedded_profile_is_converted_to_srgb(kind):
+    image = nst.load_image(encoded(four_corners(), kind, icc_profile=swapped_profile()))
+    expected = torch.stack([BLUE, GREEN, RED, WHITE])
+    torch.testing.assert_close(corners(image), expected, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "PA"), ("TIFF", "RGBA")])
+def test_a_profile_leaves_the_transparency_alone(kind, mode):
+    picture = four_corners()
+    if mode == "RGBA":
+        picture = picture.convert("RGBA")
+        picture.paste((0, 0, 0, 0), (0, 0, 32, 24))
+    image = nst.load_image(encoded(picture, kind, mode, icc_profile=swapped_profile()))
+    expected = torch.stack([WHITE, GREEN, RED, WHITE])
+    torch.testing.assert_close(corners(image), expected, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_grey_profile_is_converted_too(mode):
+    grey = Image.new("RGB", SIZE, (128, 128, 128))
+    plain = nst.load_image(encoded(grey, "PNG", mode))
+    linear = nst.load_image(encoded(grey, "PNG", mode, icc_profile=linear_grey_profile()))
+    assert plain.mean() == pytest.approx(0.5, abs=0.01)
+    assert linear.mean() == pytest.approx(0.735, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"no profile",
+        swapped_profile()[:200],
+        linear_grey_profile().replace(b"kTRC", b"XTRC"),
+    ],
+    ids=["text", "cut off", "without its curve"],
+)
+def test_a_profile_that_cannot_be_used_is_left_out(profile, tmp_path):
+    """A picture's colour profile is damaged"""
+    path = tmp_path / "odd.png"
+    path.write_bytes(encoded(four_corners(), icc_profile=profile))
+    with pytest.warns(nst.PictureWarning, match=r"odd\.png"):
+        image = nst.load_image(path)
+    torch.testing.assert_close(corners(image), expected_corners("RGB"), atol=0.01, rtol=0)
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+
+def damaged() -> dict[str, bytes]:
+    """A small file of each format, with enough detail that each cut-off byte is missed."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    files = {
+        "TIFF, packed": encoded(noise, "TIFF", compression="tiff_lzw"),
+        "JPEG, progressive": encoded(noise, "JPEG", progressive=True),
+    }
+    for kind, modes in MODES.items():
+        if kind == "APNG":
+            files[kind] = encoded(noise, kind, "animated")
+        else:
+            files[kind] = encoded(noise, kind, "RGB" if "RGB" in modes else "P")
+    return files
+
+
+DAMAGED = damaged()
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_file_cut_off_at_any_tenth_byte_is_refused_or_whole(kind, tmp_path):
+    """A picture is cut off or damaged
+
+    Whole: some formats end with bytes that no pixel needs. Never half a picture.
+    """
+    data = DAMAGED[kind]
+    path = tmp_path / "cut.picture"
+    path.write_bytes(data)
+    whole = nst.load_image(path)
+    refused = 0
+    for end in range(0, len(data), 10):
+        path.write_bytes(data[:end])
+        try:
+            image = nst.load_image(path)
+        except ValueError as error:
+            assert_one_sentence(error, f"'{path}'")
+            refused += 1
+        else:
+            assert torch.equal(image, whole), f"half a picture at {end} of {len(data)} bytes"
+    assert refused * 10 > 0.5 * len(data)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_flipped_bit_gives_a_picture_or_one_sentence(kind):
+    data = DAMAGED[kind]
+    random = np.random.default_rng(0)
+    for _ in range(150):
+        place, bit = random.integers(len(data)), random.integers(8)
+        flipped = data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nst.check_image("picture", nst.load_image(flipped, 64))
+        except ValueError as error:
+            assert_one_sentence(error, "the uploaded picture")
+
+
+def test_a_truncated_picture_that_pillow_has_opened_already_is_refused():
+    half = io.BytesIO(DAMAGED["JPEG"][:-200])
+    opened = Image.open(half)  # the header is read now, the pixels later
+    with pytest.raises(ValueError, match="picture") as error:
+        nst.load_image(opened)
+    assert_one_sentence(error.value, "the picture")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "APNG"])
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_file_is_closed_again_whether_it_is_whole_or_not(tmp_path, kind, share):
+    path = tmp_path / "picture"
+    data = DAMAGED[kind]
+    path.write_bytes(data[: round(share * len(data))])
+    error = None
+    try:
+        nst.load_image(path)
+    except ValueError as problem:
+        error = problem  # as a notebook does, which keeps the last error and all that hangs on it
+    assert (error is None) == (share == 1)
+    assert str(path) not in [file.path for file in psutil.Process().open_files()]
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "long" * 100])
+def test_a_missing_file_is_file_not_found(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        nst.load_image(tmp_path / name)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["https://example.org/cat.jpg", "http:cat.jpg"])
+def test_an_address_is_refused_by_name(source):
+    with pytest.raises(ValueError, match="address") as error:
+        nst.load_image(source)
+    assert source in str(error.value)
+
+
+def test_a_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="folder") as error:
+        nst.load_image(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_refused_with_the_reason(monkeypatch, tmp_path):
+    path = tmp_path / "private.png"
+    four_corners().save(path)
+    monkeypatch.setattr(Image, "open", fail(PermissionError(13, "Permission denied")))
+    with pytest.raises(ValueError, match="Permission denied") as error:
+        nst.load_image(path)
+    assert_one_sentence(error.value, f"'{path}'")
+
+
+def test_a_picture_too_small_for_the_network_is_refused_with_its_size():
+    with pytest.raises(ValueError, match="16") as error:
+        nst.load_image(Image.new("RGB", (15, 40)))
+    assert "15 x 40" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 15, 64.0, "64"])
+def test_a_max_size_out_of_range_is_refused_by_name(value):
+    with pytest.raises(ValueError, match="max_size") as error:
+        nst.load_image(four_corners(), value)
+    assert repr(value) in str(error.value)
+
+
+def test_memory_that_runs_out_is_not_taken_for_damage(monkeypatch):
+    data = encoded(four_corners())
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail(MemoryError()))
+    with pytest.raises(MemoryError):
+        nst.load_image(data)
+
+
+# Hostility --------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def png_head(width: int, height: int) -> bytes:
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A grey PNG that claims to be of this size, and holds next to nothing."""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9)))
+    return png_head(width, height) + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def gif(width: int, height: int) -> bytes:
+    size = struct.pack("<HH", width, height)
+    return b"GIF89a" + size + b"\0\0\0,\0\0\0\0" + size + b"\0\2\0;"
+
+
+NO_PICTURES = {
+    "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+    "a program for Linux": b"\x7fELF\2\1\1" + bytes(200),
+    "a program for Windows": b"MZ\x90\0" + bytes(200),
+    "a script": b"#!/bin/sh\nrm -rf /\n",
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n",
+    "a PDF": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
+    "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "an archive": b"PK\3\4" + bytes(200),
+    "an icon": b"\0\0\1\0\1\0\x40\x30\0\0\1\0\x20\0" + bytes(200),
+    "a film": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(200),
+    "nothing": b"",
+    "a line feed": b"\n",
+}
+
+
+@pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES)
+def test_what_is_no_picture_is_refused_whatever_its_name_says(data, tmp_path, monkeypatch):
+    """A file is no picture, whatever its name says"""
+    started = AssertionError("a program was started")  # as Pillow does for PostScript
+    monkeypatch.setattr("subprocess.Popen", fail(started))
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="format") as error:
+        nst.load_image(path)
+    assert_one_sentence(error.value, f"'{path}'")
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
+        assert kind in str(error.value)
+
+
+BOMBS = {
+    "a PNG of 10 gigapixels": png(100_000, 100_000),
+    "a PNG of 90 megapixels": png(10_000, 9_000),  # of which Pillow only warns
+    "a GIF of 4 gigapixels": gif(65535, 65535),
+}
+
+
+@pytest.mark.parametrize("filters", ["error", "ignore"])
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_before_it_is_decoded(data, filters, monkeypatch):
+    """A picture has more than 89 million pixels"""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter(filters)  # whatever the program around does with Pillow's warning
+        with pytest.raises(ValueError, match="89,478,485") as error:
+            nst.load_image(data)
+    assert_one_sentence(error.value, "the uploaded picture")
+
+
+def test_a_limit_that_is_turned_off_is_off(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert nst.load_image(four_corners()).shape == (1, 3, 48, 64)
+
+
+def test_reading_leaves_the_programs_warning_filters_alone(monkeypatch, tmp_path):
+    """They are the whole process's: two threads that change them get in each other's way."""
+    path = tmp_path / "picture.png"
+    four_corners().save(path)
+    before = list(warnings.filters)
+    monkeypatch.setattr(warnings, "catch_warnings", fail(AssertionError("filters were changed")))
+    monkeypatch.setattr(warnings, "simplefilter", fail(AssertionError("filters were changed")))
+    nst.load_image(path)
+    assert list(warnings.filters) == before
+
+
+HOSTILE = {
+    "no pixels": png(0, 0),
+    "a side of 2 ** 31": png(2**31, 1),
+    "too few pixels for its size": png(*SIZE),
+    "a text that swells": png(*SIZE, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))),
+    "a profile that swells": png(*SIZE, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**7)))),
+    "a chunk of 4 GB": png_head(*SIZE) + b"\xff" * 64,
+    "tags that lead nowhere": b"II*\0" + struct.pack("<I", 2**32 - 8) + bytes(64),
+    "a JPEG of markers": b"\xff\xd8" + b"\xff\xe1\0\2" * 1000,
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_gets_one_sentence(data):
+    with pytest.raises(ValueError, match="picture") as error:
+        nst.load_image(data)
+    assert_one_sentence(error.value, "the uploaded picture")
+
+
+def test_the_samples_come_in(pictures):
+    for name, image in pictures.items():
+        nst.check_image(name, image)
+        assert max(image.shape[2:]) == 128
+
+
+def test_pixels_are_not_shared_with_the_source():
+    picture = four_corners()
+    nst.load_image(picture).zero_()
+    assert picture.getpixel((60, 40)) == (255, 255, 255)
