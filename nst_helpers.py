@@ -246,7 +246,7 @@ class StyleTransferConfig:
     num_steps: int | str = "auto"
     seconds: float | None = None
     scales: int | str = "auto"
-    content_weight: float = 6.0
+    content_weight: float = 5.0
     style_weight: float = 30.0
     tv_weight: float = 2.0
     detail: float = 1.0
@@ -258,7 +258,7 @@ class StyleTransferConfig:
     learning_rate: float = 0.02
     content_layers: tuple[str, ...] = CONTENT_LAYERS
     style_layers: tuple[str, ...] = STYLE_LAYERS
-    style_layer_weights: tuple[float, ...] = (4.0, 4.0, 4.0, 2.0)
+    style_layer_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     pooling: str = "max"
     weights: str = "auto"
     precision: str = "auto"
@@ -1366,7 +1366,7 @@ class Palette:
 
 # One step: how the pixels move.
 
-LBFGS_HISTORY = 10  # moves that L-BFGS remembers
+LBFGS_HISTORY = 5  # moves that L-BFGS remembers; twice as many gave no better picture
 LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
 LEAST_CURVATURE = 1e-8  # below it, a move taught L-BFGS nothing but rounding
 ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
@@ -2452,7 +2452,7 @@ Shapes = Mapping[str, torch.Size]  # {"conv1_1.weight": (64, 3, 3, 3), ...}, tho
 
 def check_weights_setting(weights: str | os.PathLike) -> None:
     """``FileNotFoundError`` for a file that is not there: better before a run than after one."""
-    if weights not in ("auto", *NAMED_WEIGHTS) and not Path(weights).expanduser().is_file():
+    if weights not in ("auto", *NAMED_WEIGHTS) and not Path(os.path.expanduser(weights)).is_file():
         allowed = "'auto', 'torchvision', 'bundled' or a file"
         raise FileNotFoundError(f"weights must be {allowed}: there is no '{weights}'.")
 
@@ -2613,7 +2613,7 @@ PLAIN_BYTES = 2500
 KEPT_BYTES = 330  # with checkpoints: what is kept of each pixel
 STRIP_BYTES = 1700  # with checkpoints: what is computed of each pixel of a strip
 REGION_BYTES = 1200  # more for the guided features of each region
-LBFGS_BYTES = 320  # more for the moves that L-BFGS remembers
+LBFGS_BYTES = 160  # more for the moves that L-BFGS remembers
 HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 
 CHECKPOINT_SLOWDOWN = 2.2  # what is run twice takes so much longer
@@ -3106,7 +3106,7 @@ def sweep(
 
 CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
     "style_weight": (3, 30, 300),
-    "content_weight": (0.6, 6, 60),
+    "content_weight": (0.5, 5, 50),
     "detail": (0, 0.5, 1),
     "color": COLORS,
     "style_scale": (0.5, 1, 2),

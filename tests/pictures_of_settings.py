@@ -42,7 +42,7 @@ def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
     layers = {
         "relu1_1, relu2_1": replace(CONFIG, style_layers=shallow, style_layer_weights=(1, 1)),
         "all four": CONFIG,
-        "relu3_1 to relu5_1": replace(CONFIG, style_layers=deep, style_layer_weights=(4, 2, 1)),
+        "relu3_1 to relu5_1": replace(CONFIG, style_layers=deep, style_layer_weights=(1, 1, 1)),
     }
     content_layers = ("relu2_2", "relu4_2", "relu5_2")
     late = (1, 1, 4, 8)
@@ -51,7 +51,7 @@ def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
         "quality": values("quality", "quick", "normal", "best"),
         "num_steps": values("num_steps", 10, 75, 300),
         "scales": values("scales", 1, 2, "auto"),
-        "content_weight": values("content_weight", 0, 6.0, 60),
+        "content_weight": values("content_weight", 0, 5.0, 50),
         "style_weight": values("style_weight", 3, 30.0, 300),
         "tv_weight": values("tv_weight", 0, 2.0, 200),
         "detail": values("detail", 0, 0.5, 1.0),
