@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, in Jupyter and in a stand-in for Colab, and is well kept."""
+"""The notebook runs from top to bottom, in Jupyter and in a stand-in for Colab."""
 
 import ast
 import asyncio
@@ -203,7 +203,7 @@ def download(path):
 
 @pytest.mark.slow
 def test_in_colab_the_lone_notebook_runs_from_top_to_bottom(tmp_path):
-    """A photo is uploaded, the sample painting lies in the file panel, and nothing else is there."""
+    """A photo is uploaded, the sample painting lies in the file panel; nothing else is there."""
     content, package = tmp_path / "content", tmp_path / "site" / "google" / "colab"
     content.mkdir()
     package.mkdir(parents=True)

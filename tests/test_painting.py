@@ -407,7 +407,7 @@ def test_noise_follows_the_seed(vgg, pair):
 
 @pytest.mark.parametrize("at_step", [1, 2, 5])
 def test_an_interrupted_run_goes_on_from_its_latest_picture(monkeypatch, vgg, pair, at_step):
-    """`init=` that picture"""
+    """`start=` that picture"""
     with monkeypatch.context() as patch:
         change_features(patch, at_step, fail(KeyboardInterrupt()))
         steps = []

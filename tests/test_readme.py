@@ -13,12 +13,19 @@ import nst_helpers as nst
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+OUTSIDE = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)  # what is not folded
+NOT_SEEN = {"weights", "device", "seconds"}  # settings that no strip of pictures could show
+
+
 def table(heading: str) -> list[list[str]]:
-    """The rows of the table whose first heading this is, each a list of its cells."""
-    _, found, rest = README.partition(f"\n| {heading} |")
-    assert found, f"there is no table {heading}"
-    lines = rest.split("\n\n")[0].splitlines()[2:]  # after the headings and the rule below them
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    """The rows of all tables whose first heading this is, each a list of its cells."""
+    _, *parts = README.split(f"\n| {heading} |")
+    assert parts, f"there is no table {heading}"
+    rows = []
+    for part in parts:
+        lines = part.split("\n\n")[0].splitlines()[2:]  # after the headings and the rule
+        rows += [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    return rows
 
 
 @functools.cache
@@ -53,12 +60,33 @@ def test_every_setting_is_listed_with_its_default():
 
 
 def test_every_setting_that_can_be_seen_has_its_strip_of_pictures():
-    for name, *_, seen in table("setting"):
-        strips = re.findall(r"\(images/settings/(\w+)\.jpg\)", seen)
-        if seen != "not in the picture":
-            assert strips == [name.strip("`")]
-        for strip in strips:
-            assert nst.load_image(ROOT / "images" / "settings" / f"{strip}.jpg").std() > 0.1
+    strips = set(re.findall(r"^!\[.*\]\(images/settings/(\w+)\.jpg\)$", README, re.MULTILINE))
+    settings = {setting.name for setting in fields(nst.StyleTransferConfig)}
+    assert strips == (settings - NOT_SEEN) | {"masks", "keep"}
+    for strip in strips:
+        assert nst.load_image(ROOT / "images" / "settings" / f"{strip}.jpg").std() > 0.1
+
+
+def test_it_is_short_outside_its_folded_parts():
+    assert len(OUTSIDE.encode()) < 14_000
+    for heading in ("what you see", "what happens if…"):
+        rows = OUTSIDE.split(f"\n| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
+        assert len(rows) <= 10
+
+
+def test_its_code_runs(monkeypatch, tmp_path, capsys):
+    """As it stands, but small: on the sample pictures, in a folder of its own."""
+    (snippet,) = re.findall(r"```python\n(import nst_helpers.*?)```", README, re.DOTALL)
+    for large, small in (("max_size=256", 'max_size=32, quality="quick", weights="bundled"'),):
+        assert large in snippet
+        snippet = snippet.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").symlink_to(ROOT / "images")
+    exec(snippet, {})
+    assert (tmp_path / "outputs" / "sheet.png").is_file()
+    assert len(list((tmp_path / "outputs").glob("stylized_output_*.png"))) == 1
+    assert "step 25 of 25" in capsys.readouterr().out
+    nst.plt.close("all")
 
 
 def test_every_file_that_is_named_exists():
