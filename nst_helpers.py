@@ -1452,36 +1452,48 @@ class LbfgsOnCanvas:
 
 
 class AdamOnCanvas:
-    """Adam, with a rate that falls along a cosine within each scale.
+    """Adam, after Kingma and Ba (2015), with a rate that falls along a cosine within each scale.
 
-    Departure: the picture is a running average of the canvas, which takes the grain out.
+    Adam divides each pixel's step by the size of its own gradients, so pixels that hardly matter
+    move as far as the others: that is grain. Departure: it is divided by the geometric mean of
+    that size and the whole picture's. Departure: the picture is a running average of the canvas,
+    which takes more of the grain out.
     """
 
     def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
         self.canvas = canvas
+        self.scale = scale
         self.limits = limits
-        self.optimizer = torch.optim.Adam([canvas], scale.rate, ADAM_BETAS)
-        last_rate = scale.rate * ADAM_LAST_RATE
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, scale.steps, last_rate
-        )
+        self.gradients = torch.zeros_like(canvas, requires_grad=False)  # their running mean
+        self.squares = torch.zeros_like(canvas, requires_grad=False)  # that of their squares
         self.average = torch.zeros_like(canvas, requires_grad=False)
         self.moves = 0
 
     @property
     def picture(self) -> Tensor:
-        """The average, corrected for its start at zero, as Adam corrects its own."""
+        """The average of the canvas, corrected for its start at zero."""
         return self.average / (1 - AVERAGE_DECAY**self.moves)
 
     @torch.no_grad()
     def move(self, gradient: Tensor) -> None:
         """Take one step."""
-        self.canvas.grad = gradient
-        self.optimizer.step()
-        self.schedule.step()
+        rate = self._rate()
+        self.moves += 1
+        decay, decay_of_squares = ADAM_BETAS
+        self.gradients.lerp_(gradient, 1 - decay)
+        self.squares.lerp_(gradient.square(), 1 - decay_of_squares)
+        gradients = self.gradients / (1 - decay**self.moves)
+        squares = self.squares / (1 - decay_of_squares**self.moves)
+        size = (squares * squares.mean()).sqrt().sqrt()
+        self.canvas -= rate * gradients / size.clamp_min(SMALLEST_NORM)
         self.canvas.clamp_(*self.limits)
         self.average.lerp_(self.canvas, 1 - AVERAGE_DECAY)
-        self.moves += 1
+
+    def _rate(self) -> float:
+        """The learning rate of the next move: from the scale's down to a twentieth of it."""
+        share_done = self.moves / self.scale.steps
+        falling = (1 + math.cos(math.pi * share_done)) / 2  # from 1 to 0
+        return self.scale.rate * (ADAM_LAST_RATE + (1 - ADAM_LAST_RATE) * falling)
 
 
 CANVAS_OPTIMIZERS: Mapping[str, type[CanvasOptimizer]] = {
