@@ -3372,7 +3372,9 @@ def offer_download(path: Path) -> None:
 
         files.download(str(path))
     else:
-        display(HTML(f"Saved as {html.escape(path.as_posix())}. {download_link(path)}"))
+        address = html.escape(path.as_posix())  # a link, so that the notebook stays light
+        link = f'<a download="{path.name}" href="{address}"><u>Download {path.name}</u></a>'
+        display(HTML(f"Saved as {address}. {link}"))
 
 
 def require_step(step: Step | None) -> Step:

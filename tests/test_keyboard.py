@@ -209,7 +209,8 @@ def test_a_picture_is_offered_for_download_as_the_place_allows(colab, monkeypatc
     nst.offer_download(path)
     assert len(colab.downloads) == 1
     (link,) = Page(displayed[0].data).attributes("a")
-    assert bytes_in(link["href"]) == CHELSEA
+    assert Path(link["href"]) == path
+    assert link["download"] == path.name
 
 
 def test_without_a_step_nothing_is_painted_yet(clock):
