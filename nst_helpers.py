@@ -3314,7 +3314,7 @@ def set_up_notebook() -> None:
     shell = get_ipython()
     if shell is None:
         return
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 60})  # a tenth of a PNG's size
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 55})  # a tenth of a PNG's size
     shell.InteractiveTB.set_mode("Minimal")
     warnings.showwarning = _show_warning
 
