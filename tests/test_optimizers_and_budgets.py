@@ -1,0 +1,199 @@
+"""L-BFGS and Adam on problems whose answer is known, and runs that go by quality or by time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHALLOW, last
+
+import nst_helpers as nst
+
+WIDE = (-100.0, 100.0)  # limits that no pixel reaches
+
+
+def scale_of(steps: int, rate: float) -> nst.Scale:
+    return nst.Scale((16, 16), steps, rate)
+
+
+def minimise(optimizer, curvatures: torch.Tensor, steps: int) -> None:
+    """Steps on the quadratic Σ c x² / 2, whose minimum is at 0."""
+    for _ in range(steps):
+        optimizer.move(optimizer.canvas.detach() * curvatures)
+
+
+# L-BFGS -------------------------------------------------------------------------------------------
+
+
+def test_lbfgs_finds_the_minimum_of_a_quadratic_of_few_curvatures_and_adam_is_slower():
+    """With five pairs it knows the three curvatures exactly, and steps straight to 0."""
+    curvatures = torch.tensor([1.0, 3.0, 9.0]).repeat(16).view(1, 3, 4, 4)
+    distances = {}
+    for name, kind in nst.CANVAS_OPTIMIZERS.items():
+        canvas = torch.ones(1, 3, 4, 4, requires_grad=True)
+        minimise(kind(canvas, scale_of(20, 0.3), WIDE), curvatures, 20)
+        distances[name] = canvas.detach().abs().max().item()
+    assert distances["lbfgs"] < 1e-4
+    assert distances["lbfgs"] < distances["adam"]
+
+
+def test_the_direction_of_lbfgs_is_the_inverse_hessian_times_the_gradient():
+    """On a quadratic of as many curvatures as it has pairs, the two-loop recursion is exact."""
+    curvatures = torch.tensor([0.5, 2.0, 8.0]).view(1, 3, 1, 1)
+    canvas = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1).requires_grad_()
+    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(9, 0.5), WIDE)
+    minimise(optimizer, curvatures, 4)
+    start = canvas.detach().clone()
+    minimise(optimizer, curvatures, 1)
+    moved = canvas.detach() - start
+    torch.testing.assert_close(moved, -start, atol=0.02, rtol=0.05)  # one Newton step
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "adam"])
+def test_the_first_move_is_as_long_as_the_rate_and_none_is_much_longer(name):
+    torch.manual_seed(0)
+    canvas = torch.rand(1, 3, 8, 8, requires_grad=True)
+    optimizer = nst.CANVAS_OPTIMIZERS[name](canvas, scale_of(12, 0.02), WIDE)
+    for number in range(12):
+        before = canvas.detach().clone()
+        optimizer.move(torch.randn(1, 3, 8, 8))
+        length = (canvas.detach() - before).abs().mean().item()
+        if number == 0 and name == "lbfgs":
+            assert length == pytest.approx(0.02, rel=1e-3)
+        assert length <= nst.LONGEST_MOVE * 0.02 * 1.001
+
+
+def test_a_pair_without_curvature_is_as_if_it_were_not_there():
+    """A gradient that does not change teaches nothing: the step stays what it was."""
+    canvas = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(3, 0.1), WIDE)
+    moves = []
+    for _ in range(3):
+        before = canvas.detach().clone()
+        optimizer.move(torch.ones(1, 3, 4, 4))
+        moves.append(canvas.detach() - before)
+    assert all(torch.allclose(move, moves[0]) for move in moves)
+    assert moves[0].mean() == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "adam"])
+def test_pixels_stay_within_their_limits_and_a_gradient_of_zero_moves_none(name):
+    canvas = torch.full((1, 3, 4, 4), 0.99, requires_grad=True)
+    optimizer = nst.CANVAS_OPTIMIZERS[name](canvas, scale_of(3, 0.5), (0.0, 1.0))
+    optimizer.move(torch.zeros(1, 3, 4, 4))
+    assert torch.equal(canvas.detach(), torch.full((1, 3, 4, 4), 0.99))
+    optimizer.move(-torch.ones(1, 3, 4, 4))
+    assert canvas.max() == 1
+    assert optimizer.picture.isfinite().all()
+
+
+def test_lbfgs_remembers_what_the_picture_did_after_the_clamp():
+    """Half of the pixels are stopped at 1; their pairs say that they hardly moved."""
+    canvas = torch.full((1, 1, 2, 2), 0.9, requires_grad=True)
+    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(3, 0.5), (0.0, 1.0))
+    optimizer.move(torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]).view(1, 1, 2, 2))
+    optimizer.move(torch.tensor([[-0.5, 0.5], [-0.5, 0.5]]).view(1, 1, 2, 2))
+    ((moved, changed, _),) = optimizer.pairs
+    torch.testing.assert_close(moved.flatten(), torch.tensor([0.1, -0.5, 0.1, -0.5]))
+    torch.testing.assert_close(changed.flatten(), torch.tensor([0.5, -0.5, 0.5, -0.5]))
+
+
+def test_adam_hardly_moves_a_pixel_that_hardly_matters():
+    canvas = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    optimizer = nst.AdamOnCanvas(canvas, scale_of(9, 0.1), WIDE)
+    optimizer.move(torch.tensor([1.0, 1e-4]).view(1, 1, 1, 2))
+    large, small = canvas.detach().abs().flatten().tolist()
+    assert small < large / 50
+
+
+# Budgets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steady(monkeypatch) -> None:
+    """A machine that takes a microsecond a pixel and step, on every look."""
+    monkeypatch.setattr(nst, "measure_rate", lambda *_: 1e-6)
+
+
+@pytest.mark.parametrize(("quality", "factor"), [("quick", 1 / 3), ("normal", 1), ("best", 5)])
+def test_quality_is_a_share_of_the_normal_steps(shallow, pair, quality, factor):
+    config = replace(SHALLOW, num_steps="auto", quality=quality)
+    pictures = nst.gather_pictures(*pair)
+    steps = nst.choose_num_steps(pictures, config, shallow)
+    assert steps == round(nst.NORMAL_STEPS * factor)
+    assert nst.choose_num_steps(pictures, replace(config, num_steps=7), shallow) == 7
+
+
+@pytest.mark.parametrize("seconds", [0.05, 1.0, 30.0])
+def test_seconds_buy_the_steps_that_fit_and_no_more(steady, shallow, pair, seconds):
+    config = replace(SHALLOW, num_steps="auto", seconds=seconds)
+    pictures = nst.gather_pictures(*pair)
+    steps = nst.choose_num_steps(pictures, config, shallow)
+    for number, fits in ((steps, True), (steps + 1, False)):
+        plan = nst.plan_scales(pictures.size, number, config)
+        taken = nst.seconds_needed(plan, pictures, config, shallow, 1e-6)
+        assert (taken <= seconds) is fits
+
+
+def test_more_time_goes_to_the_full_size_too(steady, shallow, pair):
+    def at_full_size(seconds: float) -> int:
+        config = replace(SHALLOW, num_steps="auto", seconds=seconds)
+        pictures = nst.gather_pictures(*pair)
+        steps = nst.choose_num_steps(pictures, config, shallow)
+        return nst.plan_scales(pictures.size, steps, config)[-1].steps
+
+    assert at_full_size(10.0) > 5 * at_full_size(1.0)
+
+
+def test_seconds_too_few_for_one_step_are_refused_before_the_loop(steady, shallow, pair):
+    config = replace(SHALLOW, num_steps="auto", seconds=1e-4)
+    with pytest.raises(ValueError, match="seconds") as error:
+        nst.stylize(*pair, config, network=shallow)
+    assert "0.0001" in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{"seconds": 0}, {"seconds": 5, "num_steps": 9}])
+def test_seconds_that_cannot_be_are_refused(values):
+    with pytest.raises(ValueError, match="seconds"):
+        nst.StyleTransferConfig(**values)
+
+
+def test_a_run_whose_machine_gets_slower_ends_in_time_with_a_finished_picture(
+    monkeypatch, steady, shallow, pair
+):
+    """Each step takes three times as long as was measured."""
+    clock = [0.0]
+    monkeypatch.setattr(nst.time, "perf_counter", lambda: clock[0])
+    config = replace(SHALLOW, num_steps="auto", seconds=0.6)
+    planned = nst.choose_num_steps(nst.gather_pictures(*pair), config, shallow)
+    steps = []
+    for step in nst.stylize(*pair, config, network=shallow):
+        steps.append(step)
+        clock[0] += 3e-6 * nst.painted_pixels(step.image.shape[2:])
+    assert clock[0] < 1.5 * 0.6
+    assert steps[-1].image.shape == pair[0].shape
+    assert steps[-1].record["finished"]
+    assert steps[-1].number == steps[-1].total == len(steps) < planned
+    assert steps[-1].record["settings"]["num_steps"] == len(steps)
+    assert steps[-1].progress == 1
+
+
+def test_a_run_that_keeps_its_speed_takes_all_its_steps(monkeypatch, steady, shallow, pair):
+    clock = [0.0]
+    monkeypatch.setattr(nst.time, "perf_counter", lambda: clock[0])
+    config = replace(SHALLOW, num_steps="auto", seconds=0.6)
+    planned = nst.choose_num_steps(nst.gather_pictures(*pair), config, shallow)
+    step = last(tick(nst.stylize(*pair, config, network=shallow), clock))
+    assert step.number == planned
+
+
+def tick(steps, clock):
+    for step in steps:
+        yield step
+        clock[0] += 1e-6 * nst.painted_pixels(step.image.shape[2:])
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_two_runs_are_the_same_to_the_bit(shallow, pair, optimizer):
+    config = replace(SHALLOW, optimizer=optimizer, num_steps=9)
+    one, other = (last(nst.stylize(*pair, config, network=shallow)) for _ in range(2))
+    assert torch.equal(one.image, other.image)
