@@ -67,7 +67,7 @@ def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
         "style_layers": layers,
         "style_layer_weights": values("style_layer_weights", (1, 0, 0, 0), WEIGHTS, late),
         "pooling": values("pooling", *nst.POOLINGS),
-        "precision": values("precision", "float32", "bfloat16", "float16"),
+        "precision": values("precision", "float32", "bfloat16"),
         "checkpoint": values("checkpoint", False, True),
         "noise": values("noise", 0.0, 0.3, 1.0),
         "seed": values("seed", 0, 1, 2, base=NOISY),
