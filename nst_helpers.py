@@ -2106,8 +2106,10 @@ def save_image(
         the photo is, and the file remembers the SHA-256 of each.
 
     Raises ``OSError`` if it cannot be saved whole; then no part of it is left. Raises
-    ``ValueError`` for what is no picture.
+    ``ValueError`` for what is no picture, or a file's name where a folder is meant.
     """
+    if Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg") and not Path(folder).is_dir():
+        raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
     return _save_png(picture, folder, "png", photo, paintings)
 
 

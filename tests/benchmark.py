@@ -65,7 +65,7 @@ def seconds_of_a_textbook_step(size: int) -> float:
     with torch.no_grad():
         photo = network(content, nst.CONTENT_LAYERS)
         targets = {layer: gram(found) for layer, found in network(style, FIVE_LAYERS).items()}
-    image = content.clone().requires_grad_()
+    image = content.clone(memory_format=torch.contiguous_format).requires_grad_()
     optimizer = torch.optim.LBFGS([image], max_iter=1)
 
     def loss() -> torch.Tensor:

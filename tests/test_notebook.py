@@ -275,6 +275,13 @@ def test_no_cell_below_the_form_changes_what_it_set():
             assert not re.search(rf"^{name} = ", source, re.MULTILINE), name
 
 
+def test_every_control_that_can_be_chosen_can_be_swept():
+    (source,) = [source for source in sources if source.startswith("control = ")]
+    choices = re.findall(r'"(\w+)"', source.split("#@param")[1].split("]")[0])
+    assert choices[0] == "off"
+    assert {*choices[1:]} <= {*nst.CONTROL_VALUES}
+
+
 def test_every_link_to_a_section_leads_to_one():
     text = "\n\n".join("".join(cell["source"]) for cell in texts)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)

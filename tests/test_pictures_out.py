@@ -422,6 +422,13 @@ def repaint(sources: list[Path], config: nst.StyleTransferConfig, network=None) 
     return last(nst.stylize(photo, painting, config, network=network))
 
 
+def test_a_files_name_in_place_of_a_folder_is_refused(tmp_path, pair):
+    with pytest.raises(ValueError, match="folder") as error:
+        nst.save_image(pair[0], tmp_path / "out.png")
+    assert "out.png" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("photo_width", [640, 48])
 def test_the_same_picture_again(tmp_path, vgg, photo_width):
     """You want to know how a picture was made, or to make it again
