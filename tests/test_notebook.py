@@ -72,8 +72,6 @@ def test_papermill_runs_it_for_other_pictures(tmp_path):
     parameters = {
         "content_picture": "images/chelsea.png",
         "style_picture": "images/stained_glass.jpg",
-        "control": "color",
-        "regions": "True",
     }
     given = [part for name, value in parameters.items() for part in ("-p", name, value)]
     command = [sys.executable, "-m", "papermill", NOTEBOOK.name, "out.ipynb", *given]
@@ -82,6 +80,23 @@ def test_papermill_runs_it_for_other_pictures(tmp_path):
     record = record_in(saved_in(tmp_path))
     assert record["photo"]["sha256"] == nst.sha256_of(IMAGES / "chelsea.png")
     assert record["paintings"][0]["sha256"] == nst.sha256_of(IMAGES / "stained_glass.jpg")
+
+
+@pytest.mark.slow
+def test_a_control_and_regions_are_painted_when_they_are_asked_for(tmp_path):
+    path = copy_project(tmp_path, **SMALL)
+    text = path.read_text(encoding="utf-8")
+    for off, on in (
+        ('control = \\"off\\"', 'control = \\"color\\"'),
+        ("regions = False", "regions = True"),
+    ):
+        assert text.count(off) == 1
+        text = text.replace(off, on)
+    notebook = nbformat.reads(text, 4)
+    NotebookClient(notebook, timeout=300, resources=at(tmp_path)).execute()
+    for part in ("nst.sweep_control(", "mask of the sky"):
+        (cell,) = [cell for cell in notebook.cells if part in cell.source]
+        assert any("image/jpeg" in output.get("data", {}) for output in cell.outputs)
 
 
 @pytest.mark.slow
