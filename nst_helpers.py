@@ -927,7 +927,7 @@ class Run:
         network: VGG19Features,
         num_steps: int,
     ) -> None:
-        self.record = describe_run(pictures, config, network)
+        self.description = describe_run(pictures, config, network)
         self.models = find_models(pictures, config, network.device)
         self.config = config
         self.network = network
@@ -989,14 +989,14 @@ class Run:
         progress = self.work_done / (self.work_done + work_left)
         final_size = self.plan[-1].size if self.plan else self.scale.size
         settings = {
-            **self.record["settings"],
+            **self.description["settings"],
             "num_steps": total,
             "max_size": max(self.config.max_size, *final_size),  # for loading them as large again
             "precision": name_of_dtype(self.network.dtype),
             "checkpoint": "auto" if len(self.modes) > 1 else self.checkpoint,
         }
         record = {
-            **self.record,
+            **self.description,
             "settings": settings,
             "step": self.done,
             "finished": self.done == total,
