@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
 ]
 SHOTS = os.environ.get("NST_SCREENSHOTS")
-PATIENCE = 60_000  # milliseconds that the browser waits for what must come
+PATIENCE = 180_000  # milliseconds that the browser waits for what must come
 LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {
