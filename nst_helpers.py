@@ -88,6 +88,8 @@ __all__ = [
     "choose_pictures",
     "close_up",
     "estimate",
+    "figure_tag",
+    "film_tag",
     "gram_matrix",
     "live_view",
     "liveliest_channels",
@@ -142,13 +144,8 @@ class RecoveryWarning(StyleTransferWarning):
 
 # 1. Settings --------------------------------------------------------------------------------------
 
-VGG19_BLOCKS = (
-    2,
-    2,
-    4,
-    4,
-    4,
-)  # convolutions in each: configuration E of Simonyan, Zisserman (2015)
+# How many convolutions each block has: configuration E of Simonyan and Zisserman (2015).
+VGG19_BLOCKS = (2, 2, 4, 4, 4)
 
 
 def _vgg19_module_names() -> list[str]:
@@ -1609,7 +1606,10 @@ def _as_plain_value(value: object) -> object:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # which is refused where it is checked
     return value
 
 
@@ -1813,6 +1813,8 @@ def _check_memory(
     if not fits(max(size)):
         largest = _largest_that(fits, max(size))
         memory = f"the {free / 1e9:.1f} GB that are free on {device}"
+        if largest < SMALLEST_SIDE:
+            raise ValueError(f"No picture fits into {memory}: close other programs.")
         raise ValueError(f"max_size must be at most {largest} for {memory}, not {max(size)}.")
 
 
@@ -1835,7 +1837,8 @@ def warn_about_run(pictures: Pictures, config: StyleTransferConfig) -> None:
 
 
 def _advice_about_run(pictures: Pictures, config: StyleTransferConfig) -> Iterator[str]:
-    named: list[tuple[str, Tensor | None]] = [("masks", mask) for mask in pictures.masks]
+    masks = enumerate(pictures.masks)
+    named: list[tuple[str, Tensor | None]] = [(f"masks[{number}]", mask) for number, mask in masks]
     named += [("keep", pictures.keep), ("start", pictures.start)]
     height, width = pictures.size
     for name, picture in named:
@@ -3016,6 +3019,8 @@ NETWORK_SETTINGS = frozenset(
 def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> None:
     """Draw {title: picture} in rows of ``columns`` (without it, in one row).
 
+    The figure's label, which ``figure_tag`` reads out, has the titles.
+
     A picture is (1, 3, H, W) in [0, 1]. A map, (H, W), such as one channel's features, is drawn
     in colours from dark to bright, which all maps of the figure share.
     """
@@ -3023,7 +3028,7 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
     rows = math.ceil(len(images) / columns)
     ratios = [image.shape[-1] / image.shape[-2] for image in images.values()][:columns]
     height = rows * (FIGURE_WIDTH / sum(ratios) + TITLE_HEIGHT)
-    _, axes = plt.subplots(
+    figure, axes = plt.subplots(
         rows,
         columns,
         figsize=(FIGURE_WIDTH, height),
@@ -3032,6 +3037,7 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
         layout="constrained",
         subplot_kw={"frame_on": False, "xticks": [], "yticks": []},
     )
+    figure.set_label(f"Side by side: {', '.join(images)}")
     brightest = max(image.max().item() for image in images.values())
     scale = PowerNorm(0.5, 0, brightest)  # shows small values too
     longest_title = max(len(title) for title in images)
@@ -3060,11 +3066,14 @@ def plot_losses(history: Sequence[Mapping[str, Tensor]], figure: plt.Figure | No
         raise ValueError("history must have the losses of at least one step, not none.")
     figure = figure or plt.figure(figsize=(9, 3.5), layout="constrained")
     ax = figure.subplots()
+    courses = []
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for a GPU once
+        courses.append(f"{name} from {values[0]:.2g} to {values[-1]:.2g}")
         values[values <= 0] = math.nan  # the photo's own content loss has no place on a log scale
         width = 2.5 if name == "total" else 1.5
         ax.plot(range(1, len(values) + 1), values.numpy(), label=name, linewidth=width)
+    figure.set_label(f"Losses over {len(history)} steps: {', '.join(courses)}")
     ax.set(yscale="log", xlabel="step", ylabel="loss")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()  # which take half of the time
@@ -3209,6 +3218,23 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str) -> str:
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
 
+def figure_tag(figure: plt.Figure, width: int | None = None) -> str:
+    """HTML that holds a figure, as a light JPEG, ``width`` pixels wide on the page.
+
+    Its label is the text for those who do not see it. A figure's own way onto the page, a bare
+    PNG, has none.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 55})
+    style = "" if width is None else f"width: {width}px"
+    return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()), style)
+
+
+def film_tag(path: Path) -> str:
+    """HTML that holds the film that ``save_timelapse`` saved."""
+    return _image_tag(path.read_bytes(), "webp", "a film of the run, from coarse to fine", "")
+
+
 def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
     """HTML with the result over the photo, parted where a slider stands; it needs no kernel."""
     photo = resize(photo, result.shape[2:])
@@ -3287,11 +3313,8 @@ def _draw(
     line = _progress_line(step, time.monotonic() - began, ending)
     curves = plt.Figure((4.5, 4.2), layout="constrained")
     plot_losses(history, curves)
-    file = io.BytesIO()
-    curves.savefig(file, format="png", dpi=72)
     picture = picture_tag(step.image, line)
-    losses = _image_tag(file.getvalue(), "png", "the losses so far", "width: 300px")
-    show(f"{picture}{losses}<pre>{line}</pre>", line)
+    show(f"{picture}{figure_tag(curves, width=300)}<pre>{line}</pre>", line)
 
 
 def _progress_line(step: Step, seconds: float, ending: str) -> str:
@@ -3308,15 +3331,16 @@ def is_in_colab() -> bool:
 
 
 def set_up_notebook() -> None:
-    """Make this notebook's figures light, and its errors and warnings one sentence each.
+    """Figures that are light and can be read out, errors and warnings in one sentence each.
 
-    It changes the session that it is called in: the format of inline figures, how warnings are
-    shown, and how errors are. Outside a notebook it does nothing.
+    It changes the session that it is called in: how figures, warnings and errors are shown.
+    Outside a notebook it does nothing.
     """
     shell = get_ipython()
     if shell is None:
         return
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 55})  # a tenth of a PNG's size
+    set_matplotlib_formats()  # none: not as bare pictures
+    shell.display_formatter.formatters["text/html"].for_type(plt.Figure, figure_tag)
     shell.InteractiveTB.set_mode("Minimal")
     warnings.showwarning = _show_warning
 
@@ -3418,6 +3442,11 @@ class PanelRun:
     def is_painting(self) -> bool:
         """Whether the run is going on."""
         return self.thread is not None and self.thread.is_alive() and not self.has_ended
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last step was taken."""
+        return self.step is not None and self.step.number == self.step.total
 
     def paint(self, folder: str | os.PathLike, show: Show) -> Path | None:
         """Paint until it is done or stopped; whatever happens, save what there is.
@@ -3545,11 +3574,13 @@ class Panel:
         self.link = self.easel.link
         self.page = self.easel.page
         self.chosen = widgets.HTML()  # thumbnails and estimate
-        self.uploads = self._make_uploads()
+        self.upload_row = widgets.HBox()
+        self.uploads: dict[str, widgets.FileUpload] = {}
         self.controls = self._make_controls()
         if earlier is not None:
             self._keep_what_was_chosen(earlier)
-        self._observe()
+        for control in self.controls.values():
+            control.observe(self._take_settings, names="value")
         self._take_settings()
 
     @property
@@ -3570,11 +3601,17 @@ class Panel:
                 self.pictures[which] = load_image(source, size, device=device)
         return [self.pictures["photo"], self.pictures["painting"]]
 
-    def _make_uploads(self) -> dict[str, widgets.FileUpload]:
-        return {
-            "photo": widgets.FileUpload(accept="image/*", description="Your photo"),
-            "painting": widgets.FileUpload(accept="image/*", description="Your painting"),
-        }
+    def _renew_uploads(self) -> None:
+        """Put fresh upload buttons in place.
+
+        A file that is larger than Jupyter carries never arrives, and its button waits for it for
+        ever, without a word to Python. So any other control brings new ones.
+        """
+        for which in ("photo", "painting"):
+            upload = widgets.FileUpload(accept="image/*", description=f"Your {which}")
+            upload.observe(functools.partial(self._take_upload, which), names="value")
+            self.uploads[which] = upload
+        self.upload_row.children = tuple(self.uploads.values())
 
     def _make_controls(self) -> dict[str, widgets.Widget]:
         styles = list(self.STYLES.items())
@@ -3591,17 +3628,11 @@ class Panel:
             ),
         }
 
-    def _observe(self) -> None:
-        for which, upload in self.uploads.items():
-            upload.observe(functools.partial(self._take_upload, which), names="value")
-        for control in self.controls.values():
-            control.observe(self._take_settings, names="value")
-
     def _ipython_display_(self) -> None:
         rows = [*self.controls.values(), self.chosen, self.status, self.link]
         buttons = [self.paint_button]
         if not is_in_colab():  # where an upload may be lost, and Stop is not heard
-            rows.insert(0, widgets.HBox(list(self.uploads.values())))
+            rows.insert(0, self.upload_row)
             buttons.append(self.stop_button)
         below = [widgets.HBox(buttons), self.notice, self.strength, self.page]
         display(widgets.VBox([*rows, *below]))
@@ -3656,6 +3687,7 @@ class Panel:
             num_steps=num_steps,
             seconds=seconds,
         )
+        self._renew_uploads()
         self.refresh()
 
     def refresh(self) -> None:
@@ -3690,6 +3722,7 @@ class Panel:
         if self._is_painting():
             self._say("A picture is being painted already: wait for it, or press Stop.")
             return
+        self._renew_uploads()
         run = PanelRun(self.sources, self.config, self.network)
         run.thread = Thread(target=self._paint, args=[run], daemon=True)
         self.easel.run = run
@@ -3712,14 +3745,12 @@ class Panel:
         self._say("Stopping ...")
 
     def _paint(self, run: PanelRun) -> None:
-        outcome = "Done."
         try:
             run.paint(self.folder, self._show)
         except (Exception, KeyboardInterrupt) as error:  # in a thread nobody else would tell
             outcome = str(error) or "Stopped."
         else:
-            if run.stopping.is_set():
-                outcome = "Stopped."
+            outcome = "Done." if run.is_finished else "Stopped."
         if run.path is not None:
             outcome += f" Saved as {run.path}."
             self.link.value = download_link(run.path)

@@ -274,6 +274,14 @@ def test_without_checkpoints_what_fits_only_with_them_is_refused(monkeypatch, vg
     assert "600" in text
 
 
+def test_where_no_picture_at_all_fits_it_says_so(monkeypatch, vgg, pair):
+    monkeypatch.setattr(nst, "free_memory", lambda device: 1000.0)
+    text = refused(pair, vgg)
+    assert "at most" not in text
+    for part in ("0.0 GB", "cpu"):
+        assert part in text
+
+
 def test_the_memory_is_that_of_the_networks_device_and_number_type(monkeypatch, vgg, pair):
     asked = []
     monkeypatch.setattr(nst, "free_memory", lambda device: asked.append(device) or 0.0)
@@ -285,7 +293,7 @@ def test_the_memory_is_that_of_the_networks_device_and_number_type(monkeypatch, 
         for dtype in (torch.bfloat16, torch.float32)
     )
     config = replace(TINY, checkpoint=False)
-    assert refused(pair, vgg, config).startswith("max_size ")
+    refused(pair, vgg, config)
     assert asked[0] == vgg.device
     monkeypatch.setattr(nst, "free_memory", lambda device: (in_half + in_full) / 2)
     assert refused(pair, vgg, config).startswith("max_size ")
@@ -297,8 +305,11 @@ def test_the_memory_is_that_of_the_networks_device_and_number_type(monkeypatch, 
 
 def test_a_picture_of_another_shape_is_stretched_with_a_warning(vgg, pair):
     square = torch.ones(1, 3, 64, 64)
-    for pictures in ({"masks": [square]}, {"keep": square}, {"start": square}):
-        (name,) = pictures
+    for name, pictures in {
+        "masks[0]": {"masks": [square]},
+        "keep": {"keep": square},
+        "start": {"start": square},
+    }.items():
         with pytest.warns(nst.SettingsWarning) as told:
             nst.stylize(*pair, TINY, network=vgg, **pictures)
         (warning,) = told

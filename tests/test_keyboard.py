@@ -14,9 +14,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import IMAGES, SHALLOW, encoded, fail, last, record_in
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 import nst_helpers as nst
@@ -95,6 +97,40 @@ def test_the_picture_on_the_page_is_the_picture():
     image = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     (picture,) = Page(nst.picture_tag(image, "blue")).pictures
     assert nst.load_image(picture)[0, :, 5, 5].tolist() == pytest.approx([0.2, 0.5, 0.9], abs=0.02)
+
+
+def test_a_figure_on_a_page_can_be_read_out():
+    figure = plt.Figure((3, 2), dpi=100)
+    figure.set_label('two "lines"')
+    figure.subplots().plot([1, 2])
+    page = Page(nst.figure_tag(figure, width=150))
+    (attributes,) = page.attributes("img")
+    assert attributes["alt"] == 'two "lines"'
+    assert "width: 150px" in attributes["style"]
+    (picture,) = page.pictures
+    assert picture.size == (300, 200)
+    assert len(set(picture.convert("L").tobytes())) > 2
+
+
+def test_in_a_notebook_every_figure_is_such_a_page(monkeypatch, tmp_path):
+    shell = InteractiveShell(ipython_dir=str(tmp_path))
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
+    monkeypatch.setattr(InteractiveShell, "_instance", shell)
+    monkeypatch.setattr(nst.warnings, "showwarning", nst.warnings.showwarning)
+    nst.set_up_notebook()
+    figure = plt.Figure((3, 2))
+    figure.set_label("nothing much")
+    data, _ = shell.display_formatter.format(figure)
+    assert {*data} == {"text/plain", "text/html"}
+    assert Page(data["text/html"]).attributes("img")[0]["alt"] == "nothing much"
+
+
+def test_a_film_on_a_page_is_the_file_itself(tmp_path):
+    film = nst.save_timelapse([torch.zeros(1, 3, 16, 24), torch.ones(1, 3, 16, 24)], tmp_path)
+    (attributes,) = Page(nst.film_tag(film)).attributes("img")
+    assert bytes_in(attributes["src"]) == film.read_bytes()
+    assert attributes["src"].startswith("data:image/webp;")
+    assert attributes["alt"]
 
 
 def test_before_and_after_has_the_result_on_top_and_a_slider_that_uncovers_the_photo():
@@ -609,6 +645,26 @@ def test_an_upload_with_a_path_for_a_name(monkeypatch, panel, tmp_path):
     assert list(tmp_path.rglob("*")) == [inner]
 
 
+def use_a_control(panel: nst.Panel) -> None:
+    panel.controls["color"].value = "content"
+
+
+@pytest.mark.parametrize("act", [use_a_control, nst.Panel.start])
+def test_the_next_click_elsewhere_brings_new_buttons_where_one_waits_for_a_lost_file(panel, act):
+    lost = dict(panel.uploads)
+    act(panel)
+    for which, button in panel.uploads.items():
+        assert button is not lost[which]
+    assert panel.upload_row.children == tuple(panel.uploads.values())
+    if panel.run is not None:
+        finish(panel)
+    upload(panel, "photo", CHELSEA)
+    assert panel.sources["photo"] == CHELSEA
+    panel.uploads = lost  # what comes late is taken too
+    upload(panel, "painting", CHELSEA)
+    assert panel.sources["painting"] == CHELSEA
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture", CHELSEA[:9000]])
 def test_an_upload_that_is_no_picture_changes_nothing_and_is_said(panel, data):
     before = panel.chosen.value
@@ -866,6 +922,15 @@ def test_stop_keeps_the_picture_so_far_and_no_partial_one(panel, gate, tmp_path)
     (link,) = Page(panel.link.value).attributes("a")
     assert bytes_in(link["href"]) == path.read_bytes()
     assert panel.paint_button.description == "Paint"
+
+
+def test_a_stop_in_the_last_step_leaves_a_finished_picture(panel, gate, tmp_path):
+    panel.start()
+    gate.let_through(panel.config.num_steps - 1)
+    panel.stop()
+    gate.finish(panel)
+    assert record_in(saved(tmp_path))["finished"]
+    assert "Done." in Page(panel.status.value).words
 
 
 def test_after_a_stop_it_paints_again(panel, gate, tmp_path):

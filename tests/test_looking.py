@@ -40,6 +40,14 @@ def test_pictures_stand_side_by_side_under_their_titles():
     assert (second.images[0].get_array() == nst.to_pil(tall)).all()
 
 
+def test_a_figure_says_what_it_shows():
+    nst.show_images({"wide": torch.rand(1, 3, 20, 40), "tall": torch.rand(1, 3, 40, 20)})
+    assert "wide, tall" in plt.gcf().get_label()
+    nst.plot_losses([{"style": torch.tensor(0.5)}, {"style": torch.tensor(0.25)}])
+    for part in ("2 steps", "style from 0.5 to 0.25"):
+        assert part in plt.gcf().get_label()
+
+
 def test_a_row_may_be_short():
     nst.show_images({name: torch.rand(1, 3, 20, 30) for name in "abcde"}, columns=2)
     assert titles() == list("abcde")

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from fractions import Fraction
 from math import inf, nan
 from pathlib import Path
 
@@ -35,6 +36,7 @@ OUT_OF_RANGE = [
     ("scales", "many", "'auto'"),
     ("content_weight", -1, "0"),
     ("style_weight", nan, "0"),
+    ("style_weight", Fraction(10**400), "0"),
     ("style_weight", "30", "number"),
     ("tv_weight", inf, "0"),
     ("noise", -0.1, "0"),
