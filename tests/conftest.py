@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ mpl.use("Agg")  # no window, whatever the machine
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = ("china.jpg", "chelsea.png", "starry_night.jpg", "stained_glass.jpg")
 NO_SPACE = OSError(28, "No space left on device")
 
@@ -33,6 +37,15 @@ SHALLOW = replace(
     style_layers=("relu1_1",),
     style_layer_weights=(1,),
 )
+
+
+def readme_command(beginning: str) -> list[str]:
+    """The README's command that begins so, its program taken from this environment."""
+    lines = re.findall(r"^\.venv/bin/.*$", README, re.MULTILINE)
+    commands = [part.strip() for line in lines for part in line.split("&&")]
+    (command,) = [command for command in commands if command.startswith(f".venv/bin/{beginning}")]
+    program, *arguments = shlex.split(command)
+    return [str(Path(sys.executable).parent / Path(program).name), *arguments]
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import IMAGES, ROOT, record_in
+from conftest import IMAGES, ROOT, readme_command, record_in
 from PIL import Image
 from test_notebook import SMALL, copy_project
 
@@ -62,7 +62,7 @@ def lab(tmp_path_factory):
     environment = os.environ | {name: str(home / folder) for name, folder in folders.items()}
     address = ["--ip=127.0.0.1", f"--port={port}"]
     options = ["--no-browser", "--allow-root", "--IdentityProvider.token=", *address]
-    command = [sys.executable, "-m", "jupyterlab", *options]
+    command = [*readme_command("jupyter lab"), *options]
     with (home / "log").open("w+") as log:
         server = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
         try:
@@ -215,6 +215,27 @@ def test_an_upload_that_is_no_picture_is_refused_in_a_sentence(person, tmp_path,
     person.upload("Your photo", tmp_path / name)
     person.wait_for("Not taken: .* The photo stays the one it was", person.panel)
     person.wait_until_idle()
+
+
+def test_a_picture_larger_than_jupyter_carries_by_itself_is_taken(person, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1900, 1900, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    assert 10 * 2**20 < (tmp_path / "large.png").stat().st_size < 100e6
+    person.upload("Your photo", tmp_path / "large.png")
+    person.wait_for("Your photo is taken", person.panel)
+    person.wait_until_idle()
+
+
+def test_after_a_file_that_never_arrives_the_buttons_work_again(person, tmp_path):
+    (tmp_path / "huge.png").write_bytes(bytes(101_000_000))
+    with person.page.expect_websocket():  # the server hangs up, and the page calls again
+        person.upload("Your photo", tmp_path / "huge.png")
+    person.select("Quality", "normal")
+    (tmp_path / "notes.png").write_bytes(b"no picture")
+    person.upload("Your photo", tmp_path / "notes.png")
+    person.wait_for("Not taken", person.panel)
+    person.wait_until_idle()
+    person.select("Quality", "quick")
 
 
 def test_two_uploaded_pictures_are_painted_and_downloaded(person):

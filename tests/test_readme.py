@@ -6,12 +6,9 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from conftest import README, ROOT
 
 import nst_helpers as nst
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
 
 OUTSIDE = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)  # what is not folded
 NOT_SEEN = {"weights", "device", "seconds"}  # settings that no strip of pictures could show

@@ -36,7 +36,6 @@ OUT_OF_RANGE = [
     ("scales", "many", "'auto'"),
     ("content_weight", -1, "0"),
     ("style_weight", nan, "0"),
-    ("style_weight", Fraction(10**400), "0"),
     ("style_weight", "30", "number"),
     ("tv_weight", inf, "0"),
     ("noise", -0.1, "0"),
@@ -221,6 +220,11 @@ def test_a_config_goes_through_json_as_it_is():
         seed=2**63 - 1,
     )
     assert nst.StyleTransferConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_a_number_that_no_float_can_hold_is_refused_like_any_other():
+    with pytest.raises(ValueError, match=r"^style_weight "):
+        nst.StyleTransferConfig(style_weight=Fraction(10**400))
 
 
 def test_a_config_prints_as_the_code_that_makes_it():
