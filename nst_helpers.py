@@ -5,11 +5,20 @@ Networks" (CVPR 2016), called "the paper" below. Colours and regions follow Gaty
 "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). Wherever the code leaves
 the papers, the line says "Departure".
 
-Conventions
-- A picture is an RGB float tensor of shape (1, 3, H, W) in [0, 1] at every public boundary.
-- A size is (H, W), in pixels. A long side is the larger of the two.
-- A layer has a name, such as relu4_2: the second ReLU of the fourth block of VGG19.
-- "content" is the photo, "styles" are the paintings, and a "step" is one update of the picture.
+Words, each used for one thing alone
+- photo: what is to be painted. Parameters call it ``content``, as the paper does.
+- painting: whose style is taken. Parameters call it ``style``.
+- picture: any image, and above all the one that is being painted. At every public boundary it is
+  an RGB float tensor of shape (1, 3, H, W) in [0, 1], in parameters called ``image``.
+- run: all that happens between pressing Paint and the result. A sweep is several runs.
+- step: one update of the picture.
+- size: (H, W), in pixels. The long side is the larger of the two.
+- scale: one of the sizes that a run paints, from coarse to fine.
+- stroke: what a brush leaves, and so the marks that make a picture look painted.
+- detail: what of the photo is too fine to be seen at a smaller size.
+- setting: a field of ``StyleTransferConfig``. A control is a slider or a menu that changes one.
+
+A layer has a name, such as relu4_2: the second ReLU of the fourth block of VGG19.
 
 Contents: read from the top, and stop after section 4 if the method is all you came for.
  1. Settings              StyleTransferConfig: every setting, with its unit and its range
