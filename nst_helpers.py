@@ -37,6 +37,7 @@ Contents: read from the top, and stop after section 4 if the method is all you c
 
 import base64
 import contextlib
+import contextvars
 import copy
 import ctypes
 import difflib
@@ -3485,6 +3486,28 @@ class PanelRun:
         return save_image(step, folder, photo=photo, paintings=[painting])
 
 
+@contextlib.contextmanager
+def heard_beside_cells() -> Iterator[None]:
+    """Clicks on the widgets that are made in here need not wait for running cells.
+
+    That takes a kernel with subshells (ipykernel 7) and a page that uses them (JupyterLab 4.4).
+    The kernel hands a click to the shell that the widget last spoke to, and a widget made in a
+    cell has spoken to the one that runs the cells. So these are made as if no cell had asked for
+    them: then the page's own choice counts, which is a subshell.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is None:
+        yield
+        return
+    request = kernel.get_parent()
+    sender = kernel._parent_ident["shell"]  # there is no public way to put it back
+    kernel.set_parent(sender, {})
+    try:
+        yield
+    finally:
+        kernel.set_parent(sender, request)
+
+
 class Easel:
     """The part of a panel that outlives running its cell again: a run, and what shows it.
 
@@ -3503,18 +3526,18 @@ class Easel:
         self.status = widgets.HTML()
         self.link = widgets.HTML()
         self.page = widgets.HTML()
-        self.notice = widgets.HTML()  # whether clicks must wait
+        self.notice = widgets.HTML()  # whether clicks may have to wait
         shell = get_ipython()
         if shell is not None:
-            shell.events.register("pre_run_cell", self._say_that_clicks_wait)
+            shell.events.register("pre_run_cell", self._say_that_clicks_may_wait)
             shell.events.register("post_run_cell", self._say_nothing)
         self.paint_button.on_click(self._press_paint)
         self.stop_button.on_click(self._press_stop)
         self.strength.observe(self._move_strength, names="value")
 
-    def _say_that_clicks_wait(self, *_: object) -> None:
-        """While a cell runs, ipykernel keeps clicks on widgets that a cell made for later."""
-        self.notice.value = "<i>Cells are running: clicks count when they are done.</i>"
+    def _say_that_clicks_may_wait(self, *_: object) -> None:
+        """Not in a JupyterLab with subshells, but whether the page uses them is not known here."""
+        self.notice.value = "<i>Cells are running: a click may have to wait for them.</i>"
 
     def _say_nothing(self, *_: object) -> None:
         self.notice.value = ""
@@ -3573,7 +3596,9 @@ class Panel:
         self.sources = dict(sources)
         self.pictures: dict[str, Tensor] = {}  # the sources, loaded
         self.rate: float | None = None  # seconds a pixel, measured once
-        self.easel: Easel = Easel() if earlier is None else earlier.easel
+        with heard_beside_cells():
+            self.easel: Easel = Easel() if earlier is None else earlier.easel
+            self.controls = self._make_controls()
         self.easel.panel = self
         self.paint_button = self.easel.paint_button
         self.stop_button = self.easel.stop_button
@@ -3585,7 +3610,6 @@ class Panel:
         self.chosen = widgets.HTML()  # thumbnails and estimate
         self.upload_row = widgets.HBox()
         self.uploads: dict[str, widgets.FileUpload] = {}
-        self.controls = self._make_controls()
         if earlier is not None:
             self._keep_what_was_chosen(earlier)
         for control in self.controls.values():
@@ -3617,7 +3641,8 @@ class Panel:
         ever, without a word to Python. So any other control brings new ones.
         """
         for which in ("photo", "painting"):
-            upload = widgets.FileUpload(accept="image/*", description=f"Your {which}")
+            with heard_beside_cells():
+                upload = widgets.FileUpload(accept="image/*", description=f"Your {which}")
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = tuple(self.uploads.values())
@@ -3733,7 +3758,9 @@ class Panel:
             return
         self._renew_uploads()
         run = PanelRun(self.sources, self.config, self.network)
-        run.thread = Thread(target=self._paint, args=[run], daemon=True)
+        # In the context of the click, so that the kernel goes on hearing clicks where it did.
+        context = contextvars.copy_context()
+        run.thread = Thread(target=context.run, args=[self._paint, run], daemon=True)
         self.easel.run = run
         self.strength.disabled = True
         self.strength.value = 1.0

@@ -302,6 +302,23 @@ def test_run_all_says_that_cells_run_and_ends_with_a_picture_of_what_was_uploade
         assert shown.evaluate("image => image.complete && image.naturalWidth") > 50
 
 
+def test_clicks_are_heard_while_cells_run(person):
+    person.select("Size", "256")
+    person.select("Quality", "best")
+    person.run_all()
+    person.wait_for("step 1[0-9] of", person.cell("nst.watch("))
+    person.press("Paint")
+    person.wait_for(r"step [1-9]\d* of", person.panel)
+    person.press("Stop")
+    person.wait_for(r"Stopped\. Saved as", person.panel)
+    assert person.page.locator(".jp-Notebook-ExecutionIndicator[data-status=busy]").count()
+    person.choose("Kernel", "Interrupt Kernel")
+    person.wait_for("Stopped: the cells below", person.cell("nst.watch("))
+    person.wait_until_idle()
+    person.select("Size", "96")
+    person.select("Quality", "quick")
+
+
 def test_before_and_after_are_parted_where_the_slider_stands(person):
     view = person.cell("before_and_after")
     slider = view.locator("input[type=range]")

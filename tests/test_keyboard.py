@@ -614,6 +614,45 @@ def test_a_panel_makes_the_network_that_it_needs(measured, tmp_path):
     assert record_in(saved(tmp_path))["weights"]["source"] == "bundled"
 
 
+class Kernel:
+    """Of what asks for what: the part of ipykernel's that matters here."""
+
+    def __init__(self) -> None:
+        self.request = {"header": {"msg_type": "execute_request"}}
+        self._parent_ident = {"shell": [b"the page"]}
+        self.sender = [b"the page"]
+
+    def get_parent(self) -> dict:
+        return self.request
+
+    def set_parent(self, sender, request) -> None:
+        self.sender, self.request = sender, request
+
+
+def test_what_is_clicked_is_made_for_no_cell_so_that_clicks_need_not_wait(
+    monkeypatch, shallow, measured, tmp_path
+):
+    kernel, asked_by = Kernel(), {}
+    shell = types.SimpleNamespace(kernel=kernel, events=types.SimpleNamespace(register=print))
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
+    made = ipywidgets.Widget.open
+
+    def open_widget(widget) -> None:
+        asked_by[id(widget)] = kernel.request
+        made(widget)
+
+    monkeypatch.setattr(ipywidgets.Widget, "open", open_widget)
+    before = kernel.request
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    assert (kernel.request, kernel.sender) == (before, [b"the page"])
+    buttons = [panel.paint_button, panel.stop_button, panel.strength]
+    for widget in [*panel.uploads.values(), *panel.controls.values(), *buttons]:
+        assert asked_by[id(widget)] == {}
+    with pytest.raises(ValueError, match="max_size"), nst.heard_beside_cells():
+        replace(SHALLOW, max_size=0)
+    assert kernel.request == before
+
+
 # Its uploads
 
 
