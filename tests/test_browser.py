@@ -213,7 +213,7 @@ def test_an_upload_that_is_no_picture_is_refused_in_a_sentence(person, tmp_path,
         data = (IMAGES / "china.jpg").read_bytes()[:20_000]
     (tmp_path / name).write_bytes(data)
     person.upload("Your photo", tmp_path / name)
-    person.wait_for("Not taken: .* The photo stays the one it was", person.panel)
+    person.wait_for("Not used: .* The photo is unchanged", person.panel)
     person.wait_until_idle()
 
 
@@ -222,7 +222,7 @@ def test_a_picture_larger_than_jupyter_carries_by_itself_is_taken(person, tmp_pa
     Image.fromarray(noise).save(tmp_path / "large.png")
     assert 10 * 2**20 < (tmp_path / "large.png").stat().st_size < 100e6
     person.upload("Your photo", tmp_path / "large.png")
-    person.wait_for("Your photo is taken", person.panel)
+    person.wait_for("Your photo is loaded", person.panel)
     person.wait_until_idle()
 
 
@@ -233,7 +233,7 @@ def test_after_a_file_that_never_arrives_the_buttons_work_again(person, tmp_path
     person.select("Quality", "normal")
     (tmp_path / "notes.png").write_bytes(b"no picture")
     person.upload("Your photo", tmp_path / "notes.png")
-    person.wait_for("Not taken", person.panel)
+    person.wait_for("Not used", person.panel)
     person.wait_until_idle()
     person.select("Quality", "quick")
 
@@ -241,7 +241,7 @@ def test_after_a_file_that_never_arrives_the_buttons_work_again(person, tmp_path
 def test_two_uploaded_pictures_are_painted_and_downloaded(person):
     for which, path in {"photo": PHOTO, "painting": PAINTING}.items():
         person.upload(f"Your {which}", path)
-        person.wait_for(f"Your {which} is taken", person.panel)
+        person.wait_for(f"Your {which} is loaded", person.panel)
         person.wait_until_idle()
     person.press("Paint")
     person.wait_for(r"Done\. Saved as", person.panel)

@@ -186,10 +186,32 @@ def test_a_run_that_keeps_its_speed_takes_all_its_steps(monkeypatch, steady, sha
     assert step.number == planned
 
 
-def tick(steps, clock):
+def test_a_run_that_goes_on_smaller_has_all_the_time_that_is_left(
+    monkeypatch, steady, shallow, pair
+):
+    """The smaller size is that of an earlier scale, whose time is up."""
+    clock = [0.0]
+    monkeypatch.setattr(nst.time, "perf_counter", lambda: clock[0])
+    forward = nst.VGG19Features.forward
+
+    def run_out(self, image, *args, **kwargs):
+        if image.requires_grad and image.shape[3] == pair[0].shape[3] + 2 * nst.MARGIN:
+            raise MemoryError
+        return forward(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(nst.VGG19Features, "forward", run_out)
+    config = replace(SHALLOW, num_steps="auto", seconds=0.6, checkpoint=True)
+    planned = nst.choose_num_steps(nst.gather_pictures(*pair), config, shallow)
+    steps = tick(nst.stylize(*pair, config, network=shallow), clock, nst.CHECKPOINT_SLOWDOWN)
+    with pytest.warns(nst.RecoveryWarning):
+        step = last(steps)
+    assert step.number == planned
+
+
+def tick(steps, clock, slowdown=1.0):
     for step in steps:
         yield step
-        clock[0] += 1e-6 * nst.painted_pixels(step.image.shape[2:])
+        clock[0] += slowdown * 1e-6 * nst.painted_pixels(step.image.shape[2:])
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
