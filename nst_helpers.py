@@ -16,7 +16,8 @@ Words, each used for one thing alone
 - scale: one of the sizes that a run paints, from coarse to fine.
 - stroke: what a brush leaves, and so the marks that make a picture look painted.
 - detail: what of the photo is too fine to be seen at a smaller size.
-- setting: a field of ``StyleTransferConfig``. A control is a slider or a menu that changes one.
+- setting: a field of ``StyleTransferConfig``. A control is a slider, a menu or a line of a form
+  that changes one.
 
 A layer has a name, such as relu4_2: the second ReLU of the fourth block of VGG19.
 
@@ -363,7 +364,11 @@ def gram_matrix(features: Tensor, guide: Tensor | None = None) -> Tensor:
     must be one picture's, and the result is (R, C, C), one matrix a region.
 
     Example: ``gram_matrix(torch.ones(1, 2, 4, 4))`` is a (1, 2, 2) tensor of ones.
+    ``ValueError`` for features of another shape.
     """
+    if features.dim() != 4:
+        given = tuple(features.shape)
+        raise ValueError(f"features must have the shape (B, C, H, W), not {given}.")
     if guide is not None:
         features = features * guide.to(features.dtype)  # (R, C, H, W)
     return _moments(features)[:, :-1]
@@ -439,7 +444,9 @@ def calculate_content_loss(generated: Features, content: Features) -> Tensor:
     photo; the layers are those of ``content``. 0 is the photo itself; 1 is as far away as a
     picture in which the network sees nothing. Equation 1 of the paper is ½‖F − P‖². Departure:
     the loss is relative, so it means the same in any layer, at any size, with any weights.
+    ``ValueError`` if a layer is missing.
     """
+    _check_has_layers(generated, content)
     distances = [_relative_distance(generated[layer], content[layer]) for layer in content]
     return torch.stack(distances).mean()
 
@@ -460,8 +467,10 @@ def calculate_style_loss(
     Departure: the loss is relative, so no layer dominates. Departure: a Gram matrix is taken
     apart, G = C + μμᵀ, into the channels' means μ and their covariances C, and the loss is
     ‖C − Ca‖² / ‖Ca‖² + ‖μ − μa‖² / ‖μa‖². The means alone make up most of a Gram matrix, and
-    would hide what strokes are made of: how channels vary together.
+    would hide what strokes are made of: how channels vary together. ``ValueError`` if a layer is
+    missing or has another shape.
     """
+    _check_has_layers(generated, style)
     distances = []
     for layer, targets in style.items():
         found = generated[layer]
@@ -473,6 +482,17 @@ def calculate_style_loss(
         of_regions = [_style_distance(region, target) for region, target in regions]
         distances.append(_weighted_sum(of_regions, region_shares))
     return weighted_mean(distances, layer_weights or [1.0] * len(distances))
+
+
+def _check_has_layers(given: object, wanted: object) -> None:
+    """``ValueError`` unless both are {layer: tensor}, and ``given`` has all that is ``wanted``."""
+    if not isinstance(given, Mapping) or not isinstance(wanted, Mapping) or not wanted:
+        found = in_words(wanted if isinstance(given, Mapping) else given)
+        raise ValueError(f"Losses compare features, as {{'relu4_2': tensor}}, not {found}.")
+    missing = [layer for layer in wanted if layer not in given]
+    if missing:
+        layers = ", ".join(given) or "none"
+        raise ValueError(f"generated must have the layer {missing[0]}, and it has {layers}.")
 
 
 def _style_distance(statistics: Tensor, target: Tensor) -> Tensor:
@@ -1797,11 +1817,11 @@ def _check_counts(pictures: Pictures, config: StyleTransferConfig) -> None:
     if not isinstance(config.style_blend, str) and len(config.style_blend) != count:
         given = in_words(config.style_blend)
         raise ValueError(
-            f"style_blend must be one number for each of {count} paintings, not {given}."
+            f"style_blend must have one number per painting, {count} here, not {given}."
         )
     if len(pictures.masks) not in (0, count):
         masks = len(pictures.masks)
-        raise ValueError(f"masks must be one for each of {count} paintings, or none, not {masks}.")
+        raise ValueError(f"masks must be one per painting, {count} here, or none, not {masks}.")
 
 
 def _check_mask(name: str, mask: Tensor, size: Size, config: StyleTransferConfig) -> None:
@@ -2921,7 +2941,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         available = ["cuda", *numbered, *available]
     chosen = available[0] if name == "auto" else str(name)
     if chosen not in available:
-        allowed = f"'auto' or one of {', '.join(available)} on this machine"
+        allowed = f"{', '.join(map(repr, ['auto', *available]))} on this machine"
         raise ValueError(f"device must be {allowed}, not {in_words(chosen)}.")
     return torch.device(chosen)
 
@@ -3166,9 +3186,9 @@ def sweep_control(
     config: StyleTransferConfig,
     network: VGG19Features | None = None,
 ) -> dict[str, Tensor]:
-    """A small, quick ``sweep`` of one setting over values that show what it does.
+    """A small, quick ``sweep`` of one control over values that show what it does.
 
-    ``ValueError`` for a setting that has no such values here.
+    ``ValueError`` for a control that does not exist.
     """
     _check_choice("control", control, tuple(CONTROL_VALUES))
     small = shrink_to(content, 256)

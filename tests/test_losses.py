@@ -1,5 +1,7 @@
 """The losses against closed forms: numbers that follow from the formula alone."""
 
+import re
+
 import pytest
 import torch
 
@@ -158,6 +160,25 @@ def test_losses_are_relative_so_the_scale_of_a_layer_cancels_out():
         return content, style_distance(picture, photo)
 
     torch.testing.assert_close(losses(50), losses(1))
+
+
+@pytest.mark.parametrize("loss", [nst.calculate_content_loss, nst.calculate_style_loss])
+def test_losses_of_what_has_no_such_layer_are_refused(loss):
+    target = {"relu1_1": torch.ones(1, 3, 2)}
+    for given, wanted, part in (
+        ({"relu2_1": torch.ones(1, 3, 2)}, target, "relu1_1"),
+        ({}, target, "none"),
+        (torch.ones(1, 3, 8, 8), target, "(1, 3, 8, 8)"),
+        (target, torch.ones(1, 3, 8, 8), "(1, 3, 8, 8)"),
+        (target, {}, "{}"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(part)):
+            loss(given, wanted)
+
+
+def test_a_gram_matrix_of_no_features_is_refused():
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
+        nst.gram_matrix(torch.ones(3, 8, 8))
 
 
 def test_the_size_of_a_painting_does_not_matter_to_the_style_loss():

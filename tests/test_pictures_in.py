@@ -485,7 +485,7 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES)
 def test_what_is_no_picture_is_refused_whatever_its_name_says(data, tmp_path, monkeypatch):
-    """A file is no picture, whatever its name says"""
+    """A file is not a picture, despite its name"""
     started = AssertionError("a program was started")  # as Pillow does for PostScript
     monkeypatch.setattr("subprocess.Popen", fail(started))
     path = tmp_path / "holiday.jpg"
