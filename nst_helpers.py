@@ -3567,7 +3567,8 @@ class Easel:
 
     def _say_that_clicks_may_wait(self, *_: object) -> None:
         """Not in a JupyterLab with subshells, but whether the page uses them is not known here."""
-        self.notice.value = "<i>Cells are running: a click may have to wait for them.</i>"
+        advice = "painting takes longer meanwhile, and a click may have to wait for them"
+        self.notice.value = f"<i>Cells are running: {advice}.</i>"
 
     def _say_nothing(self, *_: object) -> None:
         self.notice.value = ""
