@@ -3075,7 +3075,7 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
         layout="constrained",
         subplot_kw={"frame_on": False, "xticks": [], "yticks": []},
     )
-    figure.set_label(f"Side by side: {', '.join(images)}")
+    figure.set_label(f"Side by side: {'; '.join(images)}")
     brightest = max(image.max().item() for image in images.values())
     scale = PowerNorm(0.5, 0, brightest)  # shows small values too
     longest_title = max(len(title) for title in images)

@@ -42,7 +42,7 @@ def test_pictures_stand_side_by_side_under_their_titles():
 
 def test_a_figure_says_what_it_shows():
     nst.show_images({"wide": torch.rand(1, 3, 20, 40), "tall": torch.rand(1, 3, 40, 20)})
-    assert "wide, tall" in plt.gcf().get_label()
+    assert "wide; tall" in plt.gcf().get_label()
     nst.plot_losses([{"style": torch.tensor(0.5)}, {"style": torch.tensor(0.25)}])
     for part in ("2 steps", "style from 0.5 to 0.25"):
         assert part in plt.gcf().get_label()
