@@ -230,8 +230,8 @@ class StyleTransferConfig:
         seed: 0 and up, the seed of the noise.
     The method
         optimizer: the paper's "lbfgs", or "adam".
-        learning_rate: above 0, how far a step moves the pixels, in [0, 1], at full size. L-BFGS
-            takes it as the length of its first move, and one and a half times it as the limit.
+        learning_rate: above 0, how far a step moves the pixels, in [0, 1], at full size. The first
+            move of L-BFGS is a fifth of it, and none is longer than one and a half times it.
         content_layers, style_layers: names of layers, from relu1_1 to relu5_4.
         style_layer_weights: one number for each style layer, 0 and up.
         pooling: "max", or the paper's "average".
@@ -1400,7 +1400,8 @@ class Compositor:
 # One step: how the pixels move.
 
 LBFGS_HISTORY = 4  # moves that L-BFGS remembers; ten gave no better picture, and cost memory
-LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that L-BFGS may make
+FIRST_MOVE = 0.2  # learning rates: the mean change of a pixel while L-BFGS knows nothing yet
+LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that it may make
 LEAST_COSINE = 1e-8  # of s and y: not above it, a move taught nothing but rounding
 ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
@@ -1446,8 +1447,9 @@ class LbfgsOnCanvas:
     @torch.no_grad()
     def move(self, gradient: Tensor) -> None:
         """Take one step."""
-        if self.before is None:  # the first move has a mean length of one learning rate
-            self.gradient_factor = self.rate / gradient.abs().mean().clamp_min(SMALLEST_NORM)
+        if self.before is None:
+            length = gradient.abs().mean().clamp_min(SMALLEST_NORM)
+            self.gradient_factor = FIRST_MOVE * self.rate / length
         else:
             self._remember(gradient)
         self.before = (self.canvas.detach().clone(), gradient)
@@ -2668,7 +2670,7 @@ PLAIN_BYTES = 2500
 KEPT_BYTES = 330  # with checkpoints: what is kept of each pixel
 STRIP_BYTES = 1700  # with checkpoints: what is computed of each pixel of a strip
 REGION_BYTES = 1200  # more for the guided features of each region
-LBFGS_BYTES = 160  # more for the moves that L-BFGS remembers
+LBFGS_BYTES = 136  # more for the moves that L-BFGS remembers
 HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 
 CHECKPOINT_SLOWDOWN = 2.2  # what is computed twice takes this much longer

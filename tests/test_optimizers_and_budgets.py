@@ -25,7 +25,7 @@ def minimise(optimizer, curvatures: torch.Tensor, steps: int) -> None:
 
 
 def test_lbfgs_finds_the_minimum_of_a_quadratic_of_few_curvatures_and_adam_is_slower():
-    """With five pairs it knows the three curvatures exactly, and steps straight to 0."""
+    """With four pairs it knows the three curvatures exactly, and steps straight to 0."""
     curvatures = torch.tensor([1.0, 3.0, 9.0]).repeat(16).view(1, 3, 4, 4)
     distances = {}
     for name, kind in nst.CANVAS_OPTIMIZERS.items():
@@ -36,20 +36,26 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic_of_few_curvatures_and_adam_is_sl
     assert distances["lbfgs"] < distances["adam"]
 
 
-def test_the_direction_of_lbfgs_is_the_inverse_hessian_times_the_gradient():
-    """On a quadratic of as many curvatures as it has pairs, the two-loop recursion is exact."""
-    curvatures = torch.tensor([0.5, 2.0, 8.0]).view(1, 3, 1, 1)
-    canvas = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1).requires_grad_()
+def test_the_direction_of_lbfgs_is_the_inverse_hessian_of_bfgs_times_the_gradient():
+    """As equation 6.17 of Nocedal and Wright makes it of the pairs, as a matrix."""
+    torch.manual_seed(0)
+    curvatures = torch.rand(1, 3, 2, 2) + 0.1
+    canvas = torch.randn(1, 3, 2, 2).requires_grad_()
     optimizer = nst.LbfgsOnCanvas(canvas, scale_of(9, 0.5), WIDE)
     minimise(optimizer, curvatures, 4)
-    start = canvas.detach().clone()
-    minimise(optimizer, curvatures, 1)
-    moved = canvas.detach() - start
-    torch.testing.assert_close(moved, -start, atol=0.02, rtol=0.05)  # one Newton step
+    inverse_hessian = optimizer.gradient_factor * torch.eye(12)
+    for s, y, rho in optimizer.pairs:
+        project = torch.eye(12) - rho * torch.outer(s.flatten(), y.flatten())
+        inverse_hessian = project @ inverse_hessian @ project.T
+        inverse_hessian += rho * torch.outer(s.flatten(), s.flatten())
+    assert len(optimizer.pairs) == 3
+    gradient = torch.randn(1, 3, 2, 2)
+    expected = -inverse_hessian @ gradient.flatten()
+    torch.testing.assert_close(optimizer._direction(gradient).flatten(), expected)
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "adam"])
-def test_the_first_move_is_as_long_as_the_rate_and_none_is_much_longer(name):
+def test_the_first_move_is_short_and_none_is_much_longer_than_the_rate(name):
     torch.manual_seed(0)
     canvas = torch.rand(1, 3, 8, 8, requires_grad=True)
     optimizer = nst.CANVAS_OPTIMIZERS[name](canvas, scale_of(12, 0.02), WIDE)
@@ -58,7 +64,7 @@ def test_the_first_move_is_as_long_as_the_rate_and_none_is_much_longer(name):
         optimizer.move(torch.randn(1, 3, 8, 8))
         length = (canvas.detach() - before).abs().mean().item()
         if number == 0 and name == "lbfgs":
-            assert length == pytest.approx(0.02, rel=1e-3)
+            assert length == pytest.approx(nst.FIRST_MOVE * 0.02, rel=1e-3)
         assert length <= nst.LONGEST_MOVE * 0.02 * 1.001
 
 
@@ -72,7 +78,7 @@ def test_a_pair_without_curvature_is_as_if_it_were_not_there():
         optimizer.move(torch.ones(1, 3, 4, 4))
         moves.append(canvas.detach() - before)
     assert all(torch.allclose(move, moves[0]) for move in moves)
-    assert moves[0].mean() == pytest.approx(-0.1)
+    assert moves[0].mean() == pytest.approx(-0.1 * nst.FIRST_MOVE)
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "adam"])
@@ -89,7 +95,7 @@ def test_pixels_stay_within_their_limits_and_a_gradient_of_zero_moves_none(name)
 def test_lbfgs_remembers_what_the_picture_did_after_the_clamp():
     """Half of the pixels are stopped at 1; their pairs say that they hardly moved."""
     canvas = torch.full((1, 1, 2, 2), 0.9, requires_grad=True)
-    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(3, 0.5), (0.0, 1.0))
+    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(3, 0.5 / nst.FIRST_MOVE), (0.0, 1.0))
     optimizer.move(torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]).view(1, 1, 2, 2))
     optimizer.move(torch.tensor([[-0.5, 0.5], [-0.5, 0.5]]).view(1, 1, 2, 2))
     ((moved, changed, _),) = optimizer.pairs
