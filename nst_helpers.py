@@ -307,6 +307,8 @@ class StyleTransferConfig:
         _check_positive("style_scale", self.style_scale)
         if not (_is_number(self.detail) and 0 <= self.detail <= 1):
             raise ValueError(f"detail must be a number from 0 to 1, not {in_words(self.detail)}.")
+        if not _is_word(self.style_blend, "equal"):
+            _check_proportions("style_blend", self.style_blend, or_word="'equal' or ")
         if not _is_word(self.num_steps, "auto"):
             _check_whole_number("num_steps", self.num_steps, minimum=1, or_word="'auto' or ")
         if self.seconds is not None:
@@ -341,8 +343,6 @@ class StyleTransferConfig:
             _check_layer_names(name, layers)
             if len(set(layers)) < len(layers):
                 raise ValueError(f"{name} must name each layer once, not {in_words(layers)}.")
-        if not _is_word(self.style_blend, "equal"):
-            _check_proportions("style_blend", self.style_blend, or_word="'equal' or ")
         _check_proportions("style_layer_weights", self.style_layer_weights)
         if len(self.style_layer_weights) != len(self.style_layers):
             wanted = f"one number for each of the {len(self.style_layers)} style_layers"
@@ -838,7 +838,8 @@ STEP_LOCK = Lock()  # runs that share the cores in parallel are slower than taki
 class Step:
     """One update of the picture: what ``stylize`` yields.
 
-    number, total: this is update ``number`` of ``total``, counted from 1.
+    number, total: this is update ``number`` of ``total``, counted from 1; where ``seconds`` are
+        up sooner than was planned, the total gets smaller.
     progress: the share of the work that is done, 0 to 1; a step at a larger size is more work.
     image: the picture, (1, 3, H, W) in [0, 1].
     losses: {"content", "style", "tv", "total"}, 0-d each, of the picture before this step.
@@ -1039,11 +1040,11 @@ class Run:
         """After a NaN or an infinity: half precision may have overflowed. Returns the note."""
         dtype = name_of_dtype(self.network.dtype)
         what = f"Step {self.done + 1} gave a NaN or an infinity in {dtype}, first in {error}"
+        last = f"the picture of step {self.done}" if self.done > 0 else "the start"
         if self.network.dtype == torch.float32:
-            advice = f"the picture of step {self.done} is intact; try a lower learning_rate"
-            raise FloatingPointError(f"{what}: {advice}.") from error
+            raise FloatingPointError(f"{what}: {last} is intact; try a lower learning_rate.")
         self.network = copy.deepcopy(self.network).float()  # the caller's stays as it is
-        return f"{what}: the run goes on in float32 from the picture of step {self.done}."
+        return f"{what}: the run goes on in float32 from {last}."
 
     def recover_with_less_memory(self, error: Exception) -> str:
         """After memory ran out: with checkpoints, then at a smaller size. Returns the note."""
@@ -1197,7 +1198,7 @@ def paint_scale(
     optimizer = CANVAS_OPTIMIZERS[config.optimizer](canvas, scale, compositor.limits)
     for _ in range(scale.steps):
         losses = take_step(canvas, optimizer, extractor, targets)
-        painted = cut_margin(optimizer.picture).clamp(0, 1)
+        painted = cut_margin(optimizer.picture).clamp(0, 1)  # a copy: the canvas goes on changing
         yield painted, compositor.to_picture(painted), losses
 
 
@@ -1487,8 +1488,9 @@ class LbfgsOnCanvas:
 
 
 class AdamOnCanvas:
-    """Adam, after Kingma and Ba (2015), with a rate that falls along a cosine within each scale.
+    """Adam, after Kingma and Ba (2015).
 
+    Departure: the rate falls along a cosine within each scale, since each has few steps.
     Adam divides each pixel's move by the magnitude of its own gradients, so pixels that hardly
     matter move as far as the others: that is grain. Departure: it is divided by the geometric mean
     of that magnitude and the whole picture's. Departure: the picture is a running average of the
@@ -2116,6 +2118,7 @@ AUTOSAVE_SECONDS = 20
 NAMING_LOCK = Lock()  # two runs in this process may end in the same second
 FRAME_MILLISECONDS = 80  # that a picture of a timelapse is shown
 LAST_FRAME_MILLISECONDS = 2500
+FILM_QUALITY = 50  # of 100
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -2233,7 +2236,15 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     first, *others = [to_pil(resize(image, size)) for image in images]
     durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
     file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=others, duration=durations, loop=0)
+    first.save(
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        quality=FILM_QUALITY,
+    )
     return _write_new_file(file.getvalue(), folder, "webp")
 
 
@@ -3234,6 +3245,7 @@ REFRESH_SECONDS = 1.0  # a live view is drawn no more often than that,
 REFRESH_SHARE = 0.025  # and for no larger a share of the time
 VIEW_SIDE = 512  # pixels of a picture on the page
 THUMBNAIL_SIDE = 160
+FIGURE_JPEG = {"quality": 45}  # a notebook keeps each figure twice, and must stay light
 
 Show = Callable[[str, str], object]  # is given a page of HTML, and a line of text for the same
 
@@ -3261,11 +3273,10 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str) -> str:
 def figure_tag(figure: plt.Figure, width: int | None = None) -> str:
     """HTML that holds a figure, as a light JPEG, ``width`` pixels wide on the page.
 
-    Its label is the text for those who do not see it. A figure's own way onto the page, a bare
-    PNG, has none.
+    Its label is the text for those who do not see it; a bare JPEG or PNG has none.
     """
     file = io.BytesIO()
-    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 55})
+    figure.savefig(file, format="jpeg", pil_kwargs=FIGURE_JPEG)
     style = "" if width is None else f"width: {width}px"
     return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()), style)
 
@@ -3379,7 +3390,7 @@ def set_up_notebook() -> None:
     shell = get_ipython()
     if shell is None:
         return
-    set_matplotlib_formats()  # none: not as bare pictures
+    set_matplotlib_formats("jpeg", pil_kwargs=FIGURE_JPEG)  # where a page takes no HTML
     shell.display_formatter.formatters["text/html"].for_type(plt.Figure, figure_tag)
     shell.InteractiveTB.set_mode("Minimal")
     warnings.showwarning = _show_warning
