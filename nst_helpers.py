@@ -3600,6 +3600,13 @@ class Easel:
             self.panel.show_strength(change["new"])
 
 
+class PanelBox(widgets.VBox):
+    """What a panel looks like; in words, until its cell has run in this session."""
+
+    def __repr__(self) -> str:
+        return "The panel will appear here: run the notebook down to this cell."
+
+
 class Panel:
     """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download link.
 
@@ -3713,7 +3720,7 @@ class Panel:
             rows.insert(0, self.upload_row)
             buttons.append(self.stop_button)
         below = [widgets.HBox(buttons), self.notice, self.strength, self.page]
-        display(widgets.VBox([*rows, *below]))
+        display(PanelBox([*rows, *below]))
 
     def _keep_what_was_chosen(self, earlier: "Panel") -> None:
         kept = []

@@ -608,6 +608,15 @@ def test_what_is_said_stands_above_the_buttons_and_the_link_follows_it(monkeypat
     assert shown.index(panel.link) == shown.index(panel.status) + 1
 
 
+def test_where_a_panel_cannot_be_drawn_words_stand_in_its_place(monkeypatch, panel):
+    displayed = []
+    monkeypatch.setattr(nst, "display", displayed.append)
+    panel._ipython_display_()
+    (box,) = displayed
+    assert "children" not in box._repr_mimebundle_()["text/plain"]
+    assert "run" in box._repr_mimebundle_()["text/plain"]
+
+
 def test_a_panel_makes_the_network_that_it_needs(measured, tmp_path):
     panel = nst.Panel(SHALLOW, SOURCES, tmp_path)
     panel.start()
