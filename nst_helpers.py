@@ -3538,8 +3538,9 @@ def heard_beside_cells() -> Iterator[None]:
     cell has spoken to the one that runs the cells. So these are made as if no cell had asked for
     them: then the page's own choice counts, which is a subshell.
     """
-    kernel = getattr(get_ipython(), "kernel", None)
-    if kernel is None:
+    kernel: Any = getattr(get_ipython(), "kernel", None)
+    features = kernel.kernel_info.get("supported_features", ()) if kernel else ()
+    if "kernel subshells" not in features:
         yield
         return
     request = kernel.get_parent()

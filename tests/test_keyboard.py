@@ -627,7 +627,8 @@ def test_a_panel_makes_the_network_that_it_needs(measured, tmp_path):
 class Kernel:
     """Of what asks for what: the part of ipykernel's that matters here."""
 
-    def __init__(self) -> None:
+    def __init__(self, *features: str) -> None:
+        self.kernel_info = {"supported_features": features} if features else {}
         self.request = {"header": {"msg_type": "execute_request"}}
         self._parent_ident = {"shell": [b"the page"]}
         self.sender = [b"the page"]
@@ -639,10 +640,11 @@ class Kernel:
         self.sender, self.request = sender, request
 
 
-def test_what_is_clicked_is_made_for_no_cell_so_that_clicks_need_not_wait(
-    monkeypatch, shallow, measured, tmp_path
+@pytest.mark.parametrize("features", [(), ("debugger",), ("debugger", "kernel subshells")])
+def test_what_is_clicked_is_made_for_no_cell_where_clicks_then_need_not_wait(
+    monkeypatch, shallow, measured, tmp_path, features
 ):
-    kernel, asked_by = Kernel(), {}
+    kernel, asked_by = Kernel(*features), {}
     shell = types.SimpleNamespace(kernel=kernel, events=types.SimpleNamespace(register=print))
     monkeypatch.setattr(nst, "get_ipython", lambda: shell)
     made = ipywidgets.Widget.open
@@ -657,7 +659,7 @@ def test_what_is_clicked_is_made_for_no_cell_so_that_clicks_need_not_wait(
     assert (kernel.request, kernel.sender) == (before, [b"the page"])
     buttons = [panel.paint_button, panel.stop_button, panel.strength]
     for widget in [*panel.uploads.values(), *panel.controls.values(), *buttons]:
-        assert asked_by[id(widget)] == {}
+        assert (asked_by[id(widget)] == {}) is ("kernel subshells" in features)
     with pytest.raises(ValueError, match="max_size"), nst.heard_beside_cells():
         replace(SHALLOW, max_size=0)
     assert kernel.request == before
