@@ -20,6 +20,7 @@ import torch
 from conftest import IMAGES, SHALLOW, encoded, fail, last, record_in
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from traitlets import Bunch
 
 import nst_helpers as nst
 
@@ -560,7 +561,9 @@ def upload(panel: nst.Panel, which: str, data: bytes, name: str = "a.png") -> No
         "content": memoryview(data),
         "last_modified": datetime.now(timezone.utc),
     }
-    panel.uploads[which].value = (file,)
+    is_old = ipywidgets.__version__.startswith("7.")
+    value = {name: {"metadata": {"name": name}, "content": data}} if is_old else (file,)
+    panel.uploads[which].set_trait("value", value)
 
 
 def told(panel: nst.Panel) -> str:
@@ -613,8 +616,8 @@ def test_where_a_panel_cannot_be_drawn_words_stand_in_its_place(monkeypatch, pan
     monkeypatch.setattr(nst, "display", displayed.append)
     panel._ipython_display_()
     (box,) = displayed
-    assert "children" not in box._repr_mimebundle_()["text/plain"]
-    assert "run" in box._repr_mimebundle_()["text/plain"]
+    assert "children" not in repr(box)  # which is what a page shows then
+    assert "run" in repr(box)
 
 
 def test_a_panel_makes_the_network_that_it_needs(measured, tmp_path):
@@ -682,7 +685,7 @@ def test_an_upload_of_an_older_ipywidgets_is_taken_too(panel):
     files = {"a.png": {"content": CHELSEA, "metadata": {"name": "a.png"}}}
     button = panel.uploads["photo"]
     change = {"name": "value", "old": {}, "new": files, "owner": button, "type": "change"}
-    button.notify_change(ipywidgets.widgets.widget_upload.Bunch(change))
+    button.notify_change(Bunch(change))
     assert panel.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
 
 
