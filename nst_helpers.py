@@ -183,8 +183,8 @@ COLORS = ("style", "content", "luminance")
 STARTS = ("content", "noise", "style")
 OPTIMIZERS = ("lbfgs", "adam")
 POOLINGS = ("max", "average")
-QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 5.0}  # of the normal number of steps
 NORMAL_STEPS = 75
+QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 5.0}  # of the work of the normal steps
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -208,8 +208,8 @@ class StyleTransferConfig:
     Size and effort
         max_size: long side in pixels, 16 and up, at which pictures are loaded and painted.
             ``stylize`` paints the photo at the size that it is given.
-        quality: "quick", "normal" or "best": a third of the normal steps, all, or five times as
-            many.
+        quality: "normal" is 75 steps; "quick" and "best" take a third of their time and five
+            times as long.
         num_steps: updates of the picture, over all scales, 1 and up; "auto" goes by ``quality``.
         seconds: above 0, how long a run may take instead; the steps follow from the measured
             speed, and so does the picture. Not together with ``num_steps``.
@@ -919,6 +919,7 @@ SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser
 SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 COARSEST_SHARE = 20  # the coarsest scale's share of the steps
 STEP_SHARES = (4, 4, 5, 8)  # those of the others, from the finest on; the last is for any more
+FINE_SCALES = 3  # among which steps beyond NORMAL_STEPS are shared: the coarse ones are done
 RATE_GROWTH = 0.8  # learning rates: how much more each coarser scale has than the one below
 
 
@@ -1073,22 +1074,29 @@ def plan_scales(
     fewer. None is below the size of ``start``: what is painted is not made smaller.
     """
     sizes = _sizes_from_fine_to_coarse(size, num_steps, config, start)
-    shares = _step_shares(len(sizes))
     scales = []
-    begin = 0
-    for number, scale_size in enumerate(sizes):  # how many scales are finer
-        # Rounded up, so that the finest has at least one step; in whole numbers, to be exact.
-        end = -(-num_steps * sum(shares[: number + 1]) // sum(shares))
+    for number, steps in enumerate(_share_out(num_steps, len(sizes))):  # number: of finer scales
         rate = config.learning_rate * (1 + RATE_GROWTH * number)  # large shapes move further
-        scales.append(Scale(scale_size, end - begin, rate))
-        begin = end
+        scales.append(Scale(sizes[number], steps, rate))
     return [scale for scale in reversed(scales) if scale.steps > 0]
 
 
-def _step_shares(count: int) -> list[int]:
-    """How the steps are shared out among ``count`` scales, from fine to coarse."""
+def _share_out(num_steps: int, count: int) -> list[int]:
+    """The steps of each of ``count`` scales, from fine to coarse.
+
+    The normal number is shared out by ``STEP_SHARES``. With more at the coarse scales, the style
+    would take faces apart there that no later step puts together again.
+    """
     last = len(STEP_SHARES) - 1
-    return [STEP_SHARES[min(number, last)] for number in range(count - 1)] + [COARSEST_SHARE]
+    shares = [STEP_SHARES[min(number, last)] for number in range(count - 1)] + [COARSEST_SHARE]
+    normal = min(num_steps, NORMAL_STEPS)
+    # Rounded up, so that the finest has at least one step; in whole numbers, to be exact.
+    ends = [-(-normal * total // sum(shares)) for total in itertools.accumulate(shares)]
+    steps = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+    fine = min(count, FINE_SCALES)
+    for number in range(fine):
+        steps[number] += (num_steps - normal + fine - 1 - number) // fine
+    return steps
 
 
 def _sizes_from_fine_to_coarse(
@@ -2770,7 +2778,7 @@ def choose_num_steps(
     if isinstance(config.num_steps, int):
         return config.num_steps
     if config.seconds is None:
-        return max(1, round(NORMAL_STEPS * QUALITIES[config.quality]))
+        return _num_steps_of_quality(pictures, config)
     limit = config.seconds
     known_rate = measure_rate(pictures, config, network) if rate is None else rate
 
@@ -2784,6 +2792,17 @@ def choose_num_steps(
             f"seconds must be at least {time_for(1):.2g} for one step here, not {limit:g}."
         )
     return largest
+
+
+def _num_steps_of_quality(pictures: Pictures, config: StyleTransferConfig) -> int:
+    """The most steps whose work is within the share of the normal work that a quality has."""
+
+    def work_of(num_steps: int) -> int:
+        plan = plan_scales(pictures.size, num_steps, config, pictures.start)
+        return sum(scale.work for scale in plan)
+
+    budget = QUALITIES[config.quality] * work_of(NORMAL_STEPS)
+    return max(1, _largest_that(lambda num_steps: work_of(num_steps) <= budget, MOST_STEPS))
 
 
 class Clock:
@@ -3758,11 +3777,9 @@ class Panel:
         if values["size"] != self.config.max_size:
             self.pictures = {}
         effort = QUALITIES[values["quality"]] / QUALITIES[self.base.quality]
-        num_steps, seconds = self.base.num_steps, self.base.seconds
-        if isinstance(num_steps, int):
-            num_steps = max(1, round(num_steps * effort))
-        if seconds is not None:
-            seconds *= effort
+        seconds = None if self.base.seconds is None else self.base.seconds * effort
+        # A number of steps in the settings counts until another quality is chosen here.
+        num_steps = self.base.num_steps if effort == 1 else "auto"
         self.config = replace(
             self.base,
             style_weight=self.base.style_weight * values["style"],

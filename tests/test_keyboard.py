@@ -771,14 +771,13 @@ def test_the_controls_make_the_settings(panel):
     panel.controls["size"].value = 256
     panel.controls["color"].value = "luminance"
     panel.controls["quality"].value = "best"
-    effort = nst.QUALITIES["best"] / nst.QUALITIES[SHALLOW.quality]
     assert panel.config == replace(
         SHALLOW,
         style_weight=3 * SHALLOW.style_weight,
         max_size=256,
         color="luminance",
         quality="best",
-        num_steps=round(SHALLOW.num_steps * effort),
+        num_steps="auto",  # another quality was chosen, so the number of the settings is void
     )
     panel.controls["style"].value = 1
     panel.controls["size"].value = SHALLOW.max_size
@@ -793,12 +792,6 @@ def test_the_quality_multiplies_the_seconds_where_they_are_set(shallow, tmp_path
     panel.controls["quality"].value = "best"
     effort = nst.QUALITIES["best"] / nst.QUALITIES[config.quality]
     assert panel.config == replace(config, quality="best", seconds=10 * effort)
-
-
-def test_a_single_step_is_the_least_there_is(shallow, tmp_path, measured):
-    panel = nst.Panel(replace(SHALLOW, num_steps=1), SOURCES, tmp_path, network=shallow)
-    panel.controls["quality"].value = "quick"
-    assert panel.config.num_steps == 1
 
 
 def test_the_estimate_is_that_of_the_run(monkeypatch, panel):

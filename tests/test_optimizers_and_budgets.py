@@ -121,12 +121,35 @@ def steady(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("quality", "factor"), [("quick", 1 / 3), ("normal", 1), ("best", 5)])
-def test_quality_is_a_share_of_the_normal_steps(shallow, pair, quality, factor):
-    config = replace(SHALLOW, num_steps="auto", quality=quality)
-    pictures = nst.gather_pictures(*pair)
+@pytest.mark.parametrize("long_side", [64, 512, 2048])
+def test_quality_is_a_share_of_the_work_of_the_normal_steps(shallow, quality, factor, long_side):
+    config = replace(SHALLOW, num_steps="auto", quality=quality, scales="auto")
+    photo = torch.zeros(1, 3, 1, 1).expand(1, 3, long_side * 2 // 3, long_side)
+    pictures = nst.Pictures(photo, [photo])
     steps = nst.choose_num_steps(pictures, config, shallow)
-    assert steps == round(nst.NORMAL_STEPS * factor)
+    assert (steps == nst.NORMAL_STEPS) is (quality == "normal")
+    works = [
+        sum(scale.work for scale in nst.plan_scales(pictures.size, number, config))
+        for number in (nst.NORMAL_STEPS, steps, steps + 1)
+    ]
+    assert works[1] <= factor * works[0] < works[2]
     assert nst.choose_num_steps(pictures, replace(config, num_steps=7), shallow) == 7
+
+
+@pytest.mark.parametrize("long_side", [384, 512, 1024, 2048])
+def test_steps_beyond_the_normal_ones_are_at_the_three_finest_scales(long_side):
+    size = (long_side * 2 // 3, long_side)
+    normal, more = (nst.plan_scales(size, steps, nst.StyleTransferConfig()) for steps in (75, 188))
+    gained = [after.steps - before.steps for before, after in zip(normal, more, strict=True)]
+    assert gained == [0] * (len(normal) - 3) + [37, 38, 38]
+
+
+def test_with_fewer_scales_the_further_steps_go_to_those_that_there_are():
+    for scales in (1, 2):
+        config = nst.StyleTransferConfig(scales=scales)
+        plan = nst.plan_scales((200, 300), 100, config)
+        assert len(plan) == scales
+        assert sum(scale.steps for scale in plan) == 100
 
 
 @pytest.mark.parametrize("seconds", [0.05, 1.0, 30.0])
