@@ -3714,6 +3714,8 @@ class Panel:
         for which in ("photo", "painting"):
             with heard_beside_cells():
                 upload = widgets.FileUpload(accept="image/*", description=f"Your {which}")
+            if isinstance(self.sources[which], bytes):  # uploaded before
+                upload.icon = "check"
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = tuple(self.uploads.values())

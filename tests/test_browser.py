@@ -197,7 +197,7 @@ PHOTO, PAINTING = IMAGES / "chelsea.png", IMAGES / "stained_glass.jpg"
 
 def test_the_panel_is_ready_and_paints_when_nothing_below_has_run(person):
     person.run_down_to_the_panel()
-    person.wait_for(r"pixels in about \d+ s, with", person.panel)
+    person.wait_for(r"pixels in about \d+ s, using", person.panel)
     person.press("Paint")
     person.wait_for(r"Done\. Saved as", person.panel)
     path, record = newest(person.project)

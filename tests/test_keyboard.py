@@ -703,6 +703,10 @@ def use_a_control(panel: nst.Panel) -> None:
     panel.controls["color"].value = "content"
 
 
+def use_another_control(panel: nst.Panel) -> None:
+    panel.controls["style"].value = 3
+
+
 @pytest.mark.parametrize("act", [use_a_control, nst.Panel.start])
 def test_the_next_click_elsewhere_brings_new_buttons_where_one_waits_for_a_lost_file(panel, act):
     lost = dict(panel.uploads)
@@ -714,6 +718,8 @@ def test_the_next_click_elsewhere_brings_new_buttons_where_one_waits_for_a_lost_
         finish(panel)
     upload(panel, "photo", CHELSEA)
     assert panel.sources["photo"] == CHELSEA
+    use_another_control(panel)
+    assert [button.icon for button in panel.uploads.values()] == ["check", "upload"]
     panel.uploads = lost  # what comes late is taken too
     upload(panel, "painting", CHELSEA)
     assert panel.sources["painting"] == CHELSEA
