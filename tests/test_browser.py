@@ -306,7 +306,7 @@ def test_clicks_are_heard_while_cells_run(person):
     person.select("Size", "256")
     person.select("Quality", "best")
     person.run_all()
-    person.wait_for("step 1[0-9] of", person.cell("nst.watch("))
+    person.wait_for(r"step \d+ of [1-9]\d\d,", person.cell("nst.watch("))
     person.press("Paint")
     person.wait_for(r"step [1-9]\d* of", person.panel)
     person.press("Stop")
