@@ -915,11 +915,13 @@ def stylize(
 
 # The run: one size after another.
 
-SCALE_STEP = math.sqrt(2)  # the sides of a scale over those of the next coarser one
+# The sides of a scale over those of the next coarser one. A factor that is no whole number leaves
+# a weave of threads in smooth areas: pixels that lie between others come out softer than the rest.
+SCALE_STEP = 2
 SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
-COARSEST_SHARE = 20  # the coarsest scale's share of the steps
-STEP_SHARES = (4, 4, 5, 8)  # those of the others, from the finest on; the last is for any more
-FINE_SCALES = 3  # among which steps beyond NORMAL_STEPS are shared: the coarse ones are done
+COARSEST_SHARE = 4  # the coarsest scale's share of the steps; each other scale's is 1
+FINE_SCALES = 2  # among which steps beyond NORMAL_STEPS are shared: the coarse ones are done
+SMALLER_AFTER_MEMORY = math.sqrt(2)  # what the sides are divided by when memory runs out: half
 RATE_GROWTH = 0.8  # learning rates: how much more each coarser scale has than the one below
 
 
@@ -1054,7 +1056,7 @@ class Run:
         if not self.checkpoint:
             self.config = replace(self.config, checkpoint=True)
             return f"{what}: the run goes on with checkpoints, which is slower."
-        smaller = shrunk_size(self.scale.size, SCALE_STEP)
+        smaller = shrunk_size(self.scale.size, SMALLER_AFTER_MEMORY)
         if min(smaller) < SMALLEST_SIDE:
             advice = "no smaller picture can be painted: close other programs"
             raise MemoryError(f"{what}, and {advice}.") from error
@@ -1070,7 +1072,7 @@ def plan_scales(
 ) -> list[Scale]:
     """The sizes to be painted, coarse to fine, each with its part of ``num_steps``.
 
-    Each has about half the pixels of the next; the last is ``size``. With few steps there are
+    Each has half the height and width of the next; the last is ``size``. With few steps there are
     fewer. None is below the size of ``start``: what is painted is not made smaller.
     """
     sizes = _sizes_from_fine_to_coarse(size, num_steps, config, start)
@@ -1084,11 +1086,10 @@ def plan_scales(
 def _share_out(num_steps: int, count: int) -> list[int]:
     """The steps of each of ``count`` scales, from fine to coarse.
 
-    The normal number is shared out by ``STEP_SHARES``. With more at the coarse scales, the style
-    would take faces apart there that no later step puts together again.
+    The coarsest has more than the others, up to the normal number in all. With more still, the
+    style would take faces apart there that no later step puts together again.
     """
-    last = len(STEP_SHARES) - 1
-    shares = [STEP_SHARES[min(number, last)] for number in range(count - 1)] + [COARSEST_SHARE]
+    shares = [1] * (count - 1) + [COARSEST_SHARE]
     normal = min(num_steps, NORMAL_STEPS)
     # Rounded up, so that the finest has at least one step; in whole numbers, to be exact.
     ends = [-(-normal * total // sum(shares)) for total in itertools.accumulate(shares)]
@@ -1124,6 +1125,7 @@ def shrunk_size(size: Size, factor: float) -> Size:
 # One size: what is aimed at, and where the picture starts.
 
 MARGIN = 4  # pixels: enough, with the first layer's padding, for no frame to be seen
+SOFTENING = 0.85  # pixels, the deviation of a blur: neighbours count half as much as the pixel
 
 
 @dataclass(frozen=True, eq=False)
@@ -1342,11 +1344,22 @@ def start_canvas(image: Tensor, content: Tensor, config: StyleTransferConfig) ->
     need no steps: a share ``config.detail`` of it.
     """
     size = content.shape[2:]
-    start = resize(image, size)
+    start = enlarge_softly(image, size)
     if config.content_weight > 0:
-        seen_before = resize(resize(content, image.shape[2:]), size)
+        seen_before = enlarge_softly(resize(content, image.shape[2:]), size)
         start = (start + config.detail * (content - seen_before)).clamp(0, 1)
     return add_margin(start).contiguous().requires_grad_()
+
+
+def enlarge_softly(image: Tensor, size: Sequence[int]) -> Tensor:
+    """A (1, C, H, W) picture at ``size``, without the marks of single pixels if that is larger.
+
+    Marks a pixel wide would be wide ones, too coarse for strokes and hard on faces. In their place
+    ``start_canvas`` puts detail of the photo.
+    """
+    if image.shape[2] < size[0]:
+        image = torchvision.transforms.functional.gaussian_blur(image, [3, 3], [SOFTENING])
+    return resize(image, size)
 
 
 def add_margin(image: Tensor) -> Tensor:
