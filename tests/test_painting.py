@@ -361,9 +361,10 @@ def test_marks_of_single_pixels_do_not_grow_with_the_picture():
     torch.testing.assert_close(enlarged, torch.full((1, 3, 32, 48), 0.5), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(42, 64), (30, 45)])
-def test_a_picture_that_does_not_grow_is_not_softened(pair, size):
-    assert torch.equal(nst.enlarge_softly(pair[0], size), nst.resize(pair[0], size))
+def test_a_picture_that_does_not_grow_is_not_softened(pair):
+    photo = pair[0]
+    for size in (photo.shape[2:], (30, 45)):
+        assert torch.equal(nst.enlarge_softly(photo, size), nst.resize(photo, size))
 
 
 def test_without_a_content_weight_no_detail_of_the_photo_comes_in(vgg, pair):
@@ -702,7 +703,7 @@ def test_checkpoints_take_over_at_any_scale(monkeypatch, vgg, pictures, pair, sc
 def test_where_even_checkpoints_do_not_fit_the_picture_ends_smaller(
     monkeypatch, vgg, pair, pictures, scale, checkpoint
 ):
-    photo = pictures["china"]
+    photo = nst.resize(pictures["china"], (96, 144))
     config = replace(TINY, scales=3, num_steps=6, checkpoint=checkpoint)
     width = widths_of_scales(photo, config)[scale]
     run_out_of_memory(monkeypatch, MemoryError(), range(width, 10**6), even_in_strips=True)
