@@ -1352,10 +1352,10 @@ def start_canvas(image: Tensor, content: Tensor, config: StyleTransferConfig) ->
 
 
 def enlarge_softly(image: Tensor, size: Sequence[int]) -> Tensor:
-    """A (1, C, H, W) picture at ``size``, without the marks of single pixels if that is larger.
+    """A (1, C, H, W) picture at ``size``, softened first if that is larger.
 
-    Marks a pixel wide would be wide ones, too coarse for strokes and hard on faces. In their place
-    ``start_canvas`` puts detail of the photo.
+    Marks one pixel wide would be enlarged to a grid of dots, and eyes to blots. Softened, they
+    leave room for the photo's detail, which ``start_canvas`` puts back.
     """
     if image.shape[2] < size[0]:
         image = torchvision.transforms.functional.gaussian_blur(image, [3, 3], [SOFTENING])

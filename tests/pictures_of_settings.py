@@ -18,6 +18,7 @@ import nst_helpers as nst  # noqa: E402
 CONFIG = nst.StyleTransferConfig(weights="bundled", precision="float32", max_size=256)
 FOLDER = ROOT / "images" / "settings"
 TILE = (150, 100)
+LARGE = replace(CONFIG, max_size=512)
 NOISY = replace(CONFIG, noise=0.3)
 WEIGHTS = CONFIG.style_layer_weights
 
@@ -50,7 +51,7 @@ def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
         "max_size": values("max_size", 128, 512, 1024),
         "quality": values("quality", "quick", "normal", "best"),
         "num_steps": values("num_steps", 10, 75, 300),
-        "scales": values("scales", 1, 2, "auto"),
+        "scales": values("scales", 1, 2, "auto", base=LARGE),  # 256 pixels have only two
         "content_weight": values("content_weight", 0, 5.0, 50),
         "style_weight": values("style_weight", 3, 30.0, 300),
         "tv_weight": values("tv_weight", 0, 2.0, 200),
