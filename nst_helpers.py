@@ -921,7 +921,7 @@ SCALE_STEP = 2
 SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 COARSEST_SHARE = 4  # the coarsest scale's share of the steps; each other scale's is 1
 FINE_SCALES = 2  # among which steps beyond NORMAL_STEPS are shared: the coarse ones are done
-SMALLER_AFTER_MEMORY = math.sqrt(2)  # what the sides are divided by when memory runs out: half
+SMALLER_AFTER_MEMORY = math.sqrt(2)  # divides the sides when memory runs out: half the pixels
 RATE_GROWTH = 0.8  # learning rates: how much more each coarser scale has than the one below
 
 
