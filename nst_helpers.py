@@ -1655,9 +1655,14 @@ def fit_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _as_plain_value(value: object) -> object:
-    """Lists as tuples, paths and devices as text, NumPy's numbers as Python's."""
+    """A list as a tuple, and a value or what is in the list as ``_as_plain_word_or_number``."""
     if isinstance(value, (list, tuple)):
-        return tuple(_as_plain_value(part) for part in value)
+        return tuple(_as_plain_word_or_number(part) for part in value)
+    return _as_plain_word_or_number(value)
+
+
+def _as_plain_word_or_number(value: object) -> object:
+    """Paths and devices as text, NumPy's numbers as Python's; anything else as it is."""
     if isinstance(value, (str, bool)):
         return value
     if isinstance(value, os.PathLike):

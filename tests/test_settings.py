@@ -110,6 +110,9 @@ def test_a_setting_unlike_any_other_is_named_without_a_guess():
     assert not any(name in str(error.value) for name in NAMES)
 
 
+HOLDS_ITSELF: list[object] = []
+HOLDS_ITSELF.append(HOLDS_ITSELF)
+
 NO_SETTINGS = {
     "a tensor": torch.zeros(2),
     "a large tensor": torch.zeros(200, 200),
@@ -120,6 +123,7 @@ NO_SETTINGS = {
     "lines": ["two\nlines"],
     "a long value": {"a": "b" * 10_000},
     "more digits than Python prints": 10**5000,
+    "a list that holds itself": HOLDS_ITSELF,
 }
 
 
