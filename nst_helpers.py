@@ -1205,7 +1205,7 @@ def paint_scale(
     regions = find_regions(scale.size, references.masks, config, photo.device)
     targets = find_targets(extractor, content, references.styles, regions)
     canvas = start_canvas(image, content, config)
-    optimizer = CANVAS_OPTIMIZERS[config.optimizer](canvas, scale, compositor.limits)
+    optimizer = make_optimizer(canvas, scale, compositor.limits, extractor)
     for _ in range(scale.steps):
         losses = take_step(canvas, optimizer, extractor, targets)
         painted = cut_margin(optimizer.picture).clamp(0, 1)  # a copy: the canvas goes on changing
@@ -1433,8 +1433,6 @@ AVERAGE_DECAY = 0.8  # share of the old average that each step of Adam keeps
 class CanvasOptimizer(Protocol):
     """Moves the pixels of a canvas at one scale; ``picture`` is what has come of it."""
 
-    def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None: ...
-
     def move(self, gradient: Tensor) -> None:
         """Change the canvas, in place, once; it stays within the limits."""
 
@@ -1443,22 +1441,40 @@ class CanvasOptimizer(Protocol):
         """The canvas, or an average of what it was."""
 
 
+def make_optimizer(
+    canvas: Tensor, scale: Scale, limits: Limits, extractor: FeatureExtractor
+) -> CanvasOptimizer:
+    """The optimizer that ``config.optimizer`` names."""
+    if extractor.config.optimizer == "adam":
+        return AdamOnCanvas(canvas, scale, limits)
+    # A run with checkpoints is short of memory, and eight bits tell enough about a move.
+    pair_type = torch.bfloat16 if extractor.checkpoint else torch.float32
+    return LbfgsOnCanvas(canvas, scale, limits, pair_type)
+
+
 class LbfgsOnCanvas:
     """L-BFGS, as in the paper: Nocedal and Wright, "Numerical Optimization", algorithm 7.4.
 
     It learns from its moves how the gradient changes along them. Each is remembered as a pair:
     s, how the picture moved, and y, how the gradient changed with it. Departure: there is no line
     search, which would look at the picture several times a step; a move is limited in length
-    instead, and pixels stay in [0, 1]. So s is what the picture really did, after both. Nothing
-    here waits for a GPU.
+    instead, and pixels stay in [0, 1]. So s is what the picture really did, after both. The pairs
+    are kept in ``pair_type``. Nothing here waits for a GPU.
     """
 
-    def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
+    def __init__(
+        self,
+        canvas: Tensor,
+        scale: Scale,
+        limits: Limits,
+        pair_type: torch.dtype = torch.float32,
+    ) -> None:
         self.canvas = canvas
         self.rate = scale.rate
         self.limits = limits
+        self.pair_type = pair_type
         self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=LBFGS_HISTORY)
-        self.before: tuple[Tensor, Tensor] | None = None  # the canvas and the gradient
+        self.last: tuple[Tensor, Tensor] | None = None  # s, and the gradient before that move
         self.gradient_factor = torch.zeros((), device=canvas.device)
 
     @property
@@ -1469,43 +1485,47 @@ class LbfgsOnCanvas:
     @torch.no_grad()
     def move(self, gradient: Tensor) -> None:
         """Take one step."""
-        if self.before is None:
+        if self.last is None:
             length = gradient.abs().mean().clamp_min(SMALLEST_NORM)
             self.gradient_factor = FIRST_MOVE * self.rate / length
         else:
-            self._remember(gradient)
-        self.before = (self.canvas.detach().clone(), gradient)
+            self._remember(*self.last, gradient)
         direction = self._direction(gradient)
         length = direction.abs().mean().clamp_min(SMALLEST_NORM)
         direction *= (LONGEST_MOVE * self.rate / length).clamp(max=1)
+        before = self.canvas.detach().clone()
         self.canvas += direction
         self.canvas.clamp_(*self.limits)
+        s = self.canvas.detach() - before
+        self.last = (s.to(self.pair_type), gradient)
 
-    def _remember(self, gradient: Tensor) -> None:
-        assert self.before is not None
-        s = self.canvas.detach() - self.before[0]
-        y = gradient - self.before[1]
-        curvature = (s * y).sum()
-        is_sound = curvature > LEAST_COSINE * s.norm() * y.norm()
+    def _remember(self, s: Tensor, old_gradient: Tensor, gradient: Tensor) -> None:
+        y = (gradient - old_gradient).to(self.pair_type)
+        curvature = _dot(s, y)
+        is_sound = curvature > LEAST_COSINE * _dot(s, s).sqrt() * _dot(y, y).sqrt()
         # A pair that is not sound counts for nothing: an ``if`` would wait for the GPU.
         rho = torch.where(is_sound, 1 / curvature, 0.0)
         self.pairs.append((s, y, rho))
-        factor = curvature / y.square().sum()
-        self.gradient_factor = torch.where(is_sound, factor, self.gradient_factor)
+        self.gradient_factor = torch.where(is_sound, curvature / _dot(y, y), self.gradient_factor)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion: minus the inverse Hessian, as the pairs know it, times g."""
         direction = -gradient
         alphas = []
         for s, y, rho in reversed(self.pairs):
-            alpha = rho * (s * direction).sum()
-            direction -= alpha * y
+            alpha = rho * _dot(s, direction)
+            direction -= alpha * y.float()
             alphas.append(alpha)
         direction *= self.gradient_factor
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            beta = rho * (y * direction).sum()
-            direction += (alpha - beta) * s
+            beta = rho * _dot(y, direction)
+            direction += (alpha - beta) * s.float()
         return direction
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of the products of their elements, in float32."""
+    return (first.float() * second.float()).sum()
 
 
 class AdamOnCanvas:
@@ -1552,12 +1572,6 @@ class AdamOnCanvas:
         share_done = self.moves / self.scale.steps
         falling = (1 + math.cos(math.pi * share_done)) / 2  # from 1 to 0
         return self.scale.rate * (ADAM_LAST_RATE + (1 - ADAM_LAST_RATE) * falling)
-
-
-CANVAS_OPTIMIZERS: Mapping[str, type[CanvasOptimizer]] = {
-    "lbfgs": LbfgsOnCanvas,
-    "adam": AdamOnCanvas,
-}
 
 
 # 5. Colours and regions ---------------------------------------------------------------------------

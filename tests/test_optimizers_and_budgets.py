@@ -9,6 +9,7 @@ from conftest import SHALLOW, last
 import nst_helpers as nst
 
 WIDE = (-100.0, 100.0)  # limits that no pixel reaches
+KINDS = {"lbfgs": nst.LbfgsOnCanvas, "adam": nst.AdamOnCanvas}
 
 
 def scale_of(steps: int, rate: float) -> nst.Scale:
@@ -28,7 +29,7 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic_of_few_curvatures_and_adam_is_sl
     """With four pairs it knows the three curvatures exactly, and steps straight to 0."""
     curvatures = torch.tensor([1.0, 3.0, 9.0]).repeat(16).view(1, 3, 4, 4)
     distances = {}
-    for name, kind in nst.CANVAS_OPTIMIZERS.items():
+    for name, kind in KINDS.items():
         canvas = torch.ones(1, 3, 4, 4, requires_grad=True)
         minimise(kind(canvas, scale_of(20, 0.3), WIDE), curvatures, 20)
         distances[name] = canvas.detach().abs().max().item()
@@ -54,11 +55,33 @@ def test_the_direction_of_lbfgs_is_the_inverse_hessian_of_bfgs_times_the_gradien
     torch.testing.assert_close(optimizer._direction(gradient).flatten(), expected)
 
 
+def test_with_pairs_of_half_precision_lbfgs_still_finds_the_minimum():
+    curvatures = torch.tensor([1.0, 3.0, 9.0]).repeat(16).view(1, 3, 4, 4)
+    canvas = torch.ones(1, 3, 4, 4, requires_grad=True)
+    optimizer = nst.LbfgsOnCanvas(canvas, scale_of(20, 0.3), WIDE, torch.bfloat16)
+    minimise(optimizer, curvatures, 20)
+    assert canvas.detach().abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "pair_type"), [(True, torch.bfloat16), (False, torch.float32)]
+)
+def test_with_checkpoints_what_lbfgs_remembers_takes_half(shallow, checkpoint, pair_type):
+    canvas = torch.rand(1, 3, 16, 16, requires_grad=True)
+    extractor = nst.FeatureExtractor(shallow, replace(SHALLOW, optimizer="lbfgs"), checkpoint)
+    optimizer = nst.make_optimizer(canvas, scale_of(3, 0.1), (0.0, 1.0), extractor)
+    for _ in range(3):
+        optimizer.move(torch.randn(1, 3, 16, 16))
+    assert len(optimizer.pairs) == 2
+    for s, y, _ in optimizer.pairs:
+        assert s.dtype == y.dtype == pair_type
+
+
 @pytest.mark.parametrize("name", ["lbfgs", "adam"])
 def test_the_first_move_is_short_and_none_is_much_longer_than_the_rate(name):
     torch.manual_seed(0)
     canvas = torch.rand(1, 3, 8, 8, requires_grad=True)
-    optimizer = nst.CANVAS_OPTIMIZERS[name](canvas, scale_of(12, 0.02), WIDE)
+    optimizer = KINDS[name](canvas, scale_of(12, 0.02), WIDE)
     for number in range(12):
         before = canvas.detach().clone()
         optimizer.move(torch.randn(1, 3, 8, 8))
@@ -84,7 +107,7 @@ def test_a_pair_without_curvature_is_as_if_it_were_not_there():
 @pytest.mark.parametrize("name", ["lbfgs", "adam"])
 def test_pixels_stay_within_their_limits_and_a_gradient_of_zero_moves_none(name):
     canvas = torch.full((1, 3, 4, 4), 0.99, requires_grad=True)
-    optimizer = nst.CANVAS_OPTIMIZERS[name](canvas, scale_of(3, 0.5), (0.0, 1.0))
+    optimizer = KINDS[name](canvas, scale_of(3, 0.5), (0.0, 1.0))
     optimizer.move(torch.zeros(1, 3, 4, 4))
     assert torch.equal(canvas.detach(), torch.full((1, 3, 4, 4), 0.99))
     optimizer.move(-torch.ones(1, 3, 4, 4))
