@@ -239,8 +239,8 @@ class StyleTransferConfig:
             a file.
     The machine
         precision: of the convolutions, "auto", "float32", "bfloat16" or "float16".
-        checkpoint: True computes in strips, in a fraction of the memory and about twice the time;
-            "auto" does so where memory is short.
+        checkpoint: True computes in strips, in a fraction of the memory and about twice the time,
+            and L-BFGS remembers in half of it; "auto" does so where memory is short.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
 
     On one CPU, the seed, and a precision and a checkpoint other than "auto", fix every bit of the
