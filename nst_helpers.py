@@ -185,6 +185,7 @@ OPTIMIZERS = ("lbfgs", "adam")
 POOLINGS = ("max", "average")
 NORMAL_STEPS = 75
 QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 5.0}  # of the work of the normal steps
+BEST_SUPERSAMPLING = 1.5  # with twice there is no time left for more steps, and strokes are timid
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -209,7 +210,7 @@ class StyleTransferConfig:
         max_size: long side in pixels, 16 and up, at which pictures are loaded and painted.
             ``stylize`` paints the photo at the size that it is given.
         quality: "normal" is 75 steps; "quick" and "best" take a third of their time and five
-            times as long.
+            times as long. "best" paints one and a half times as large, and shrinks the result.
         num_steps: updates of the picture, over all scales, 1 and up; "auto" goes by ``quality``.
         seconds: above 0, how long a run may take instead; the steps follow from the measured
             speed, and so does the picture. Not together with ``num_steps``.
@@ -289,6 +290,11 @@ class StyleTransferConfig:
     def layers(self) -> tuple[str, ...]:
         """The content layers and the style layers, each once."""
         return tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
+
+    @property
+    def supersampling(self) -> float:
+        """How many times as large as the result, along each side, the picture is painted."""
+        return BEST_SUPERSAMPLING if self.quality == "best" else 1.0
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -1019,7 +1025,8 @@ class Run:
         here = replace(self.scale, steps=self.left)
         work_left = here.work + sum(scale.work for scale in self.plan)
         progress = self.work_done / (self.work_done + work_left)
-        final_size = self.plan[-1].size if self.plan else self.scale.size
+        last_scale = self.plan[-1] if self.plan else self.scale
+        final_size = self.references.shown_size(last_scale.size)
         settings = {
             **self.description["settings"],
             "num_steps": total,
@@ -1064,7 +1071,8 @@ class Run:
         self.plan = []
         self.clock.deadlines = {}  # this size has all the time that is left
         self.scale = replace(self.scale, size=smaller)
-        return f"{what}: the result will be {smaller[1]} x {smaller[0]} pixels."
+        height, width = self.references.shown_size(smaller)
+        return f"{what}: the result will be {width} x {height} pixels."
 
 
 def plan_scales(
@@ -1072,8 +1080,9 @@ def plan_scales(
 ) -> list[Scale]:
     """The sizes to be painted, coarse to fine, each with its part of ``num_steps``.
 
-    Each has half the height and width of the next; the last is ``size``. With few steps there are
-    fewer. None is below the size of ``start``: what is painted is not made smaller.
+    Each has half the height and width of the next; the last is that of the result, ``size``, or
+    larger with supersampling. With few steps there are fewer. None is below the size of ``start``:
+    what is painted is not made smaller.
     """
     sizes = _sizes_from_fine_to_coarse(size, num_steps, config, start)
     scales = []
@@ -1107,13 +1116,23 @@ def _sizes_from_fine_to_coarse(
     least_long_side = SMALLEST_SIDE if isinstance(config.scales, int) else SMALLEST_LONG_SIDE
     if start is not None:
         least_long_side = max(least_long_side, *start.shape[2:])
-    sizes = [size]
+    largest = size_to_paint(size, config)
+    sizes = [largest]
     while len(sizes) < min(most_scales, num_steps):
-        smaller = shrunk_size(size, SCALE_STEP ** len(sizes))
+        smaller = shrunk_size(largest, SCALE_STEP ** len(sizes))
         if max(smaller) < least_long_side or min(smaller) < SMALLEST_SIDE:
             break
         sizes.append(smaller)
     return sizes
+
+
+def size_to_paint(size: Size, config: StyleTransferConfig) -> Size:
+    """The finest scale of a result of ``size``.
+
+    Departure: quality "best" paints a larger picture than it shows. Shrinking it takes away what
+    is finer than a stroke: the dots and hairlines that skies are left with otherwise.
+    """
+    return shrunk_size(size, 1 / config.supersampling)
 
 
 def shrunk_size(size: Size, factor: float) -> Size:
@@ -1144,6 +1163,11 @@ class References:
     keep: Tensor | None
     start: Tensor | None
 
+    def shown_size(self, size: Size) -> Size:
+        """The size at which a picture painted at ``size`` is shown: no larger than the photo."""
+        height, width = self.photo.shape[2:]
+        return min(size, (height, width), key=max)
+
 
 def find_references(
     pictures: Pictures, config: StyleTransferConfig, device: torch.device
@@ -1161,14 +1185,28 @@ def find_references(
         photo = painted_channels(content, config.color)
         paintings = [painted_channels(style, config.color) for style in styles]
         styles = [match_colors(painting, photo).clamp(0, 1) for painting in paintings]
+    enlarged = [enlarge_for_supersampling(style, pictures.size, config) for style in styles]
     return References(
         photo=pictures.content.to(device),
         content=content.to(device),
-        styles=[style.to(device) for style in styles],
+        styles=[style.to(device) for style in enlarged],
         masks=pictures.masks,
         keep=pictures.keep,
         start=pictures.start,
     )
+
+
+def enlarge_for_supersampling(style: Tensor, size: Size, config: StyleTransferConfig) -> Tensor:
+    """A painting, enlarged only where it must keep up with a picture larger than the result.
+
+    It is as large in comparison as without supersampling, and so are its strokes.
+    """
+    height, width = style.shape[2:]
+    long_side = max(height, width)
+    wanted = config.supersampling * min(long_side, config.style_scale * max(size))
+    if wanted <= long_side:
+        return style
+    return resize(style, shrunk_size((height, width), long_side / wanted))
 
 
 def first_picture(references: References, size: Size, config: StyleTransferConfig) -> Tensor:
@@ -1199,10 +1237,9 @@ def paint_scale(
 
     Yields, after each step, what is painted, how it is shown, and the losses before the step.
     """
-    photo = resize(references.photo, scale.size)  # (1, 3, H, W)
     content = painted_channels(resize(references.content, scale.size), config.color)
-    compositor = Compositor(photo, references.keep, config.color)
-    regions = find_regions(scale.size, references.masks, config, photo.device)
+    compositor = Compositor(references, scale.size, config.color)
+    regions = find_regions(scale.size, references.masks, config, content.device)
     targets = find_targets(extractor, content, references.styles, regions)
     canvas = start_canvas(image, content, config)
     optimizer = make_optimizer(canvas, scale, compositor.limits, extractor)
@@ -1389,34 +1426,41 @@ class Compositor:
     """Turns what is painted into what is shown.
 
     Usually both are the picture. With color="luminance" only light and dark are painted, and the
-    photo's colours are added. Where ``keep`` is white, the photo is shown.
+    photo's colours are added. Where ``keep`` is white, the photo is shown. A picture painted
+    larger than the result is shrunk first.
     """
 
-    def __init__(self, photo: Tensor, keep: Tensor | None, color: str) -> None:
-        self.photo = photo
+    def __init__(self, references: References, size: Size, color: str) -> None:
+        self.size = references.shown_size(size)
+        self.photo = resize(references.photo, self.size)  # (1, 3, H, W)
         self.luminance = None
         self.limits: Limits = (0.0, 1.0)
         if color == "luminance":
-            self.luminance = painted_channels(photo, color)  # (1, 1, H, W)
-            self.limits = self._luminance_limits(self.luminance)
+            self.luminance = painted_channels(self.photo, color)  # (1, 1, H, W)
+            self.darkest, self.lightest = _luminance_limits(self.photo)
+            darkest, lightest = _luminance_limits(resize(references.photo, size))
+            self.limits = (add_margin(darkest), add_margin(lightest))
         self.keep = None
-        if keep is not None:
-            self.keep = fit_mask(keep, photo.shape[2:]).to(photo)  # (1, 1, H, W)
-
-    def _luminance_limits(self, luminance: Tensor) -> Limits:
-        """As far as each pixel can get darker and lighter with all its channels in [0, 1]."""
-        darkest_channel = self.photo.amin(1, keepdim=True)
-        headroom = 1 - self.photo.amax(1, keepdim=True)
-        return add_margin(luminance - darkest_channel), add_margin(luminance + headroom)
+        if references.keep is not None:
+            self.keep = fit_mask(references.keep, self.size).to(self.photo)  # (1, 1, H, W)
 
     def to_picture(self, painted: Tensor) -> Tensor:
         """What is shown of what is painted: (1, 3, H, W) in [0, 1]."""
-        shown = painted
+        shown = resize(painted, self.size)
         if self.luminance is not None:
-            shown = (self.photo + painted - self.luminance).clamp(0, 1)  # against rounding
+            shown = shown.clamp(self.darkest, self.lightest)  # shrinking can overshoot
+            shown = (self.photo + shown - self.luminance).clamp(0, 1)  # against rounding
         if self.keep is not None:
             shown = shown.lerp(self.photo, self.keep)
         return shown
+
+
+def _luminance_limits(photo: Tensor) -> tuple[Tensor, Tensor]:
+    """As far as each pixel can get darker and lighter with all its channels in [0, 1]."""
+    luminance = painted_channels(photo, "luminance")
+    darkest_channel = photo.amin(1, keepdim=True)
+    headroom = 1 - photo.amax(1, keepdim=True)
+    return luminance - darkest_channel, luminance + headroom
 
 
 # One step: how the pixels move.
@@ -1890,7 +1934,8 @@ def _check_memory(
 
     def fits(long_side: int) -> bool:
         smaller = shrunk_size(size, max(size) / long_side)
-        return bytes_needed(smaller, pictures, config, dtype, checkpoint) <= free
+        painted = size_to_paint(smaller, config)
+        return bytes_needed(painted, pictures, config, dtype, checkpoint) <= free
 
     if not fits(max(size)):
         largest = _largest_that(fits, max(size))
@@ -2829,12 +2874,12 @@ def choose_num_steps(
 def _num_steps_of_quality(pictures: Pictures, config: StyleTransferConfig) -> int:
     """The most steps whose work is within the share of the normal work that a quality has."""
 
-    def work_of(num_steps: int) -> int:
-        plan = plan_scales(pictures.size, num_steps, config, pictures.start)
+    def work_of(num_steps: int, settings: StyleTransferConfig) -> int:
+        plan = plan_scales(pictures.size, num_steps, settings, pictures.start)
         return sum(scale.work for scale in plan)
 
-    budget = QUALITIES[config.quality] * work_of(NORMAL_STEPS)
-    return max(1, _largest_that(lambda num_steps: work_of(num_steps) <= budget, MOST_STEPS))
+    budget = QUALITIES[config.quality] * work_of(NORMAL_STEPS, replace(config, quality="normal"))
+    return max(1, _largest_that(lambda num_steps: work_of(num_steps, config) <= budget, MOST_STEPS))
 
 
 class Clock:
@@ -2891,7 +2936,7 @@ def bytes_needed(
     """The bytes that painting at ``size`` takes at its peak, above the start."""
     pixels = float(painted_pixels(size))
     for style in pictures.styles:
-        shrink = min(1, config.style_scale * max(size) / max(style.shape[2:]))
+        shrink = min(config.supersampling, config.style_scale * max(size) / max(style.shape[2:]))
         looked_at = style[0, 0].numel() * shrink**2
         pixels = max(pixels, looked_at / 2)  # without gradients a look takes half
     share = 1.0 if dtype == torch.float32 else HALF_PRECISION_SHARE

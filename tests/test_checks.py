@@ -245,19 +245,23 @@ def needed(pictures, long_side, config=TINY, checkpoint=True) -> float:
     return nst.bytes_needed(size, pictures, config, torch.float32, checkpoint)
 
 
-def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(monkeypatch, vgg, pair):
+@pytest.mark.parametrize(("quality", "factor"), [("normal", 1), ("best", 1.5)])
+def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(
+    monkeypatch, vgg, pair, quality, factor
+):
     monkeypatch.setattr(nst, "free_memory", lambda device: 0.3 * GB)
     huge = torch.zeros(1, 3, 2000, 3000)
-    text = refused(pair, vgg, content=huge)
+    config = replace(TINY, quality=quality)
+    text = refused(pair, vgg, config, content=huge)
     assert text.startswith("max_size ")
     for part in ("3000", "0.3 GB", "cpu"):
         assert part in text
     largest = int(re.search(r"at most (\d+)", text)[1])
     assert 16 < largest < 3000
     pictures = nst.gather_pictures(huge, pair[1])
-    assert needed(pictures, largest - 2) <= 0.3 * GB
-    assert needed(pictures, largest + 2) > 0.3 * GB
-    call(pair, vgg, content=torch.zeros(1, 3, round(largest * 2 / 3) - 1, largest - 1))
+    assert needed(pictures, factor * (largest - 2)) <= 0.3 * GB
+    assert needed(pictures, factor * (largest + 2)) > 0.3 * GB
+    call(pair, vgg, config, content=torch.zeros(1, 3, round(largest * 2 / 3) - 1, largest - 1))
 
 
 def test_without_checkpoints_what_fits_only_with_them_is_refused(monkeypatch, vgg, pair):

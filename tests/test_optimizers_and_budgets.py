@@ -151,9 +151,11 @@ def test_quality_is_a_share_of_the_work_of_the_normal_steps(shallow, quality, fa
     pictures = nst.Pictures(photo, [photo])
     steps = nst.choose_num_steps(pictures, config, shallow)
     assert (steps == nst.NORMAL_STEPS) is (quality == "normal")
+    normal = replace(config, quality="normal")
+    runs = ((nst.NORMAL_STEPS, normal), (steps, config), (steps + 1, config))
     works = [
-        sum(scale.work for scale in nst.plan_scales(pictures.size, number, config))
-        for number in (nst.NORMAL_STEPS, steps, steps + 1)
+        sum(scale.work for scale in nst.plan_scales(pictures.size, number, settings))
+        for number, settings in runs
     ]
     assert works[1] <= factor * works[0] < works[2]
     assert nst.choose_num_steps(pictures, replace(config, num_steps=7), shallow) == 7

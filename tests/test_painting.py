@@ -506,6 +506,60 @@ def test_a_painting_is_seen_at_the_size_asked_for_and_never_enlarged(
     assert set(long_sides) == {expected}
 
 
+# Supersampling ------------------------------------------------------------------------------------
+
+
+def test_best_paints_a_larger_picture_than_it_shows(monkeypatch, vgg, pair):
+    widths = note_widths_of_canvases(monkeypatch)
+    steps = list(nst.stylize(*pair, replace(TINY, quality="best"), network=vgg))
+    height, width = pair[0].shape[2:]
+    assert widths == [round(0.75 * width)] * 4 + [round(1.5 * width)] * 2
+    shown = [step.image.shape[2:] for step in steps]
+    assert shown == [(round(0.75 * height), round(0.75 * width))] * 4 + [(height, width)] * 2
+
+
+def note_widths_of_canvases(monkeypatch) -> list[int]:
+    """A list that every step adds to: how wide the picture is that it looks at."""
+    widths = []
+    take_step = nst.take_step
+
+    def note(canvas, *args):
+        widths.append(canvas.shape[3] - 2 * nst.MARGIN)
+        return take_step(canvas, *args)
+
+    monkeypatch.setattr(nst, "take_step", note)
+    return widths
+
+
+@pytest.mark.parametrize(("long_side", "expected"), [(64, 96), (40, 60), (80, 96), (200, 200)])
+def test_a_painting_is_enlarged_with_the_picture_and_no_further(long_side, expected):
+    """So that its strokes come out as large as without supersampling."""
+    style = torch.rand(1, 3, long_side // 2, long_side)
+    best = replace(TINY, quality="best")
+    assert nst.enlarge_for_supersampling(style, (43, 64), best).shape[3] == expected
+    assert nst.enlarge_for_supersampling(style, (43, 64), TINY) is style
+    large_strokes = replace(best, style_scale=2)
+    wanted = max(long_side, 1.5 * min(long_side, 128))
+    assert nst.enlarge_for_supersampling(style, (43, 64), large_strokes).shape[3] == wanted
+
+
+def test_best_records_what_gives_the_same_picture_again(vgg, pair, tmp_path):
+    step = last(nst.stylize(*pair, replace(TINY, quality="best"), network=vgg))
+    again = nst.settings_from_png(nst.save_image(step, tmp_path))
+    assert again.max_size == TINY.max_size
+    assert torch.equal(last(nst.stylize(*pair, again, network=vgg)).image, step.image)
+
+
+def test_best_that_runs_out_of_memory_ends_at_the_full_size_if_that_fits(monkeypatch, vgg, pair):
+    photo = pair[0]
+    width = round(1.5 * photo.shape[3])
+    run_out_of_memory(monkeypatch, MemoryError(), range(width, 10**6), even_in_strips=True)
+    config = replace(TINY, quality="best", checkpoint=True)
+    with pytest.warns(nst.RecoveryWarning, match=f"{photo.shape[3]} x {photo.shape[2]}"):
+        step = last(nst.stylize(*pair, config, network=vgg))
+    assert step.image.shape == photo.shape
+
+
 # What is shown: luminance and keep ----------------------------------------------------------------
 
 
@@ -515,9 +569,12 @@ def chroma(image: torch.Tensor) -> torch.Tensor:
 
 @OPTIMIZERS
 @pytest.mark.parametrize("photo", ["china", "chelsea"])
-def test_luminance_leaves_the_chroma_untouched_and_paints_the_rest(vgg, pictures, photo, optimizer):
+@pytest.mark.parametrize("quality", ["normal", "best"])
+def test_luminance_leaves_the_chroma_untouched_and_paints_the_rest(
+    vgg, pictures, photo, optimizer, quality
+):
     content = nst.shrink_to(pictures[photo], 48)
-    settings = {"color": "luminance", "optimizer": optimizer}
+    settings = {"color": "luminance", "optimizer": optimizer, "quality": quality}
     image = paint(content, pictures["starry_night"], vgg, **settings)
     torch.testing.assert_close(chroma(image), chroma(content), atol=1e-6, rtol=0)
     assert image.min() >= 0
@@ -526,11 +583,12 @@ def test_luminance_leaves_the_chroma_untouched_and_paints_the_rest(vgg, pictures
 
 
 @pytest.mark.parametrize("color", ["style", "content", "luminance"])
-def test_a_kept_part_is_the_photo_bit_for_bit_and_the_rest_as_without(vgg, pair, color):
+@pytest.mark.parametrize("quality", ["normal", "best"])
+def test_a_kept_part_is_the_photo_bit_for_bit_and_the_rest_as_without(vgg, pair, color, quality):
     photo = pair[0]
     keep = half_mask(photo.shape[2:])
-    kept = paint(*pair, vgg, keep=keep, color=color)
-    free = paint(*pair, vgg, color=color)
+    kept = paint(*pair, vgg, keep=keep, color=color, quality=quality)
+    free = paint(*pair, vgg, color=color, quality=quality)
     assert torch.equal(kept[keep == 1], photo[keep == 1])
     assert torch.equal(kept[keep == 0], free[keep == 0])
     assert mean_change(free[keep == 0], photo[keep == 0]) > 0.01
