@@ -1437,9 +1437,9 @@ class Compositor:
         self.limits: Limits = (0.0, 1.0)
         if color == "luminance":
             self.luminance = painted_channels(self.photo, color)  # (1, 1, H, W)
-            self.darkest, self.lightest = _luminance_limits(self.photo)
+            self.darkest, self.lightest = _luminance_limits(self.photo)  # of what is shown
             darkest, lightest = _luminance_limits(resize(references.photo, size))
-            self.limits = (add_margin(darkest), add_margin(lightest))
+            self.limits = (add_margin(darkest), add_margin(lightest))  # of what is painted
         self.keep = None
         if references.keep is not None:
             self.keep = fit_mask(references.keep, self.size).to(self.photo)  # (1, 1, H, W)

@@ -489,8 +489,9 @@ def test_the_optimizers_differ(vgg, pair):
 
 @pytest.mark.filterwarnings("ignore:style_scale=:nst_helpers.SettingsWarning")
 @pytest.mark.parametrize(("style_scale", "expected"), [(1, 48), (0.5, 24), (2, 96), (9, 120)])
-def test_a_painting_is_seen_at_the_size_asked_for_and_never_enlarged(
-    monkeypatch, vgg, pair, style_scale, expected
+@pytest.mark.parametrize(("quality", "factor"), [("normal", 1), ("best", 1.5)])
+def test_a_painting_is_seen_at_the_size_asked_for_and_never_enlarged_more_than_the_picture(
+    monkeypatch, vgg, pair, style_scale, expected, quality, factor
 ):
     long_sides = []
     forward = nst.VGG19Features.forward
@@ -502,8 +503,9 @@ def test_a_painting_is_seen_at_the_size_asked_for_and_never_enlarged(
         return forward(self, image, *args, **kwargs)
 
     monkeypatch.setattr(nst.VGG19Features, "forward", note)
-    paint(pair[0], torch.rand(1, 3, 120, 90), vgg, style_scale=style_scale, scales=1, num_steps=2)
-    assert set(long_sides) == {expected}
+    settings = {"style_scale": style_scale, "quality": quality, "scales": 1, "num_steps": 2}
+    paint(pair[0], torch.rand(1, 3, 120, 90), vgg, **settings)
+    assert set(long_sides) == {expected * factor}
 
 
 # Supersampling ------------------------------------------------------------------------------------

@@ -86,6 +86,10 @@ def test_a_large_painting_counts_at_the_size_that_it_is_looked_at():
     large = pictures_of(style_size=(2000, 2000))
     by_scale = [bytes_needed(size, large, replace(TINY, style_scale=scale)) for scale in (1, 2)]
     assert by_scale[1] == pytest.approx(4 * by_scale[0])
+    best = replace(TINY, quality="best", style_scale=5)  # enlarges 900 pixels to 1350
+    enlarged = bytes_needed(size, pictures_of(style_size=(900, 900)), best)
+    as_large = bytes_needed(size, large, replace(TINY, style_scale=4.5))  # shrinks 2000 to 1350
+    assert enlarged == pytest.approx(as_large)
 
 
 # Checkpoints, and what does not fit -------------------------------------------------------------
