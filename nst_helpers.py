@@ -157,6 +157,7 @@ class RecoveryWarning(StyleTransferWarning):
 
 # How many convolutions each block has: configuration E of Simonyan and Zisserman (2015).
 VGG19_BLOCKS = (2, 2, 4, 4, 4)
+ALL_BLOCKS = len(VGG19_BLOCKS)
 
 
 def _vgg19_module_names() -> list[str]:
@@ -185,7 +186,8 @@ OPTIMIZERS = ("lbfgs", "adam")
 POOLINGS = ("max", "average")
 NORMAL_STEPS = 75
 QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 5.0}  # of the work of the normal steps
-BEST_SUPERSAMPLING = 1.5  # with twice there is no time left for more steps, and strokes are timid
+# With twice there is no time left for more steps, and strokes are timid.
+SUPERSAMPLING = {"quick": 1.0, "normal": 1.25, "best": 1.5}
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -210,11 +212,13 @@ class StyleTransferConfig:
         max_size: long side in pixels, 16 and up, at which pictures are loaded and painted.
             ``stylize`` paints the photo at the size that it is given.
         quality: "normal" is 75 steps; "quick" and "best" take a third of their time and five
-            times as long. "best" paints one and a half times as large, and shrinks the result.
+            times as long. "normal" paints 1.25 times as large, "best" 1.5 times, and the
+            result is shrunk.
         num_steps: updates of the picture, over all scales, 1 and up; "auto" goes by ``quality``.
         seconds: above 0, how long a run may take instead; the steps follow from the measured
             speed, and so does the picture. Not together with ``num_steps``.
-        scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop.
+        scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop, at
+            the size of the result whatever the ``quality``.
     What counts
         content_weight: 0 and up, how much of the photo stays.
         style_weight: 0 and up, how strongly the painting's style is matched.
@@ -257,7 +261,7 @@ class StyleTransferConfig:
     seconds: float | None = None
     scales: int | str = "auto"
     content_weight: float = 5.0
-    style_weight: float = 30.0
+    style_weight: float = 40.0
     tv_weight: float = 2.0
     detail: float = 1.0
     color: str = "style"
@@ -294,7 +298,7 @@ class StyleTransferConfig:
     @property
     def supersampling(self) -> float:
         """How many times as large as the result, along each side, the picture is painted."""
-        return BEST_SUPERSAMPLING if self.quality == "best" else 1.0
+        return 1.0 if self.scales == 1 else SUPERSAMPLING[self.quality]
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -647,13 +651,14 @@ class VGG19Features(nn.Module):
         layers: Collection[str] | None = None,
         *,
         statistics: Collection[str] = (),
-        checkpoint: bool = False,
+        blocks_in_strips: int = 0,
     ) -> dict[str, Tensor]:
         """The features of ``layers``; by default, of all the network's layers.
 
-        For those in ``statistics`` it gives ``style_statistics``, (1, C + 1, C), instead. With
-        ``checkpoint`` each block is computed in strips, and again for the gradient: about twice the
-        time in a fraction of the memory. ``ValueError`` for a layer it was not made for.
+        For those in ``statistics`` it gives ``style_statistics``, (1, C + 1, C), instead. The first
+        ``blocks_in_strips`` blocks, 0 to 5, are computed in strips, and again for the gradient:
+        with all five that is a fraction of the memory in about twice the time. ``ValueError`` for
+        a layer it was not made for.
         """
         wanted = set(self.layers if layers is None else layers)
         if not wanted or not wanted <= set(self.layers):
@@ -663,7 +668,7 @@ class VGG19Features(nn.Module):
         x = image.to(self.dtype).expand(-1, 3, -1, -1)  # a luminance is seen as a grey picture
         for block in _cut_after(self.blocks, wanted):
             compute = functools.partial(self._compute_block, block, wanted, statistics)
-            if checkpoint:
+            if block_of(block[0]) <= blocks_in_strips:
                 convolutions = sum(name.startswith("conv") for name in block)
                 outputs, x = _compute_in_strips(compute, x, halo=convolutions)
             else:
@@ -925,7 +930,8 @@ def stylize(
 # a weave of threads in smooth areas: pixels that lie between others come out softer than the rest.
 SCALE_STEP = 2
 SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
-COARSEST_SHARE = 4  # the coarsest scale's share of the steps; each other scale's is 1
+# Shares of the steps. The finest scale, the most expensive, puts in what is mostly shrunk away.
+FINEST_SHARE, COARSEST_SHARE, OTHER_SHARE = 1, 10, 2
 FINE_SCALES = 2  # among which steps beyond NORMAL_STEPS are shared: the coarse ones are done
 SMALLER_AFTER_MEMORY = math.sqrt(2)  # divides the sides when memory runs out: half the pixels
 RATE_GROWTH = 0.8  # learning rates: how much more each coarser scale has than the one below
@@ -1005,7 +1011,8 @@ class Run:
         size = self.scale.size
         self.checkpoint = choose_checkpoint(size, self.pictures, self.config, device, dtype)
         self.modes.add(self.checkpoint)
-        extractor = FeatureExtractor(self.network, self.config, self.checkpoint)
+        in_strips = blocks_in_strips(size, self.pictures.size, self.checkpoint)
+        extractor = FeatureExtractor(self.network, self.config, in_strips)
         steps = paint_scale(self.image, self.scale, self.references, self.config, extractor)
         with heap_options(keep_freed_blocks=not self.checkpoint):
             for painted, shown, losses in steps:
@@ -1098,7 +1105,9 @@ def _share_out(num_steps: int, count: int) -> list[int]:
     The coarsest has more than the others, up to the normal number in all. With more still, the
     style would take faces apart there that no later step puts together again.
     """
-    shares = [1] * (count - 1) + [COARSEST_SHARE]
+    shares = [OTHER_SHARE] * count
+    shares[0] = FINEST_SHARE
+    shares[-1] = COARSEST_SHARE
     normal = min(num_steps, NORMAL_STEPS)
     # Rounded up, so that the finest has at least one step; in whole numbers, to be exact.
     ends = [-(-normal * total // sum(shares)) for total in itertools.accumulate(shares)]
@@ -1129,8 +1138,8 @@ def _sizes_from_fine_to_coarse(
 def size_to_paint(size: Size, config: StyleTransferConfig) -> Size:
     """The finest scale of a result of ``size``.
 
-    Departure: quality "best" paints a larger picture than it shows. Shrinking it takes away what
-    is finer than a stroke: the dots and hairlines that skies are left with otherwise.
+    Departure: a larger picture is painted than is shown. Shrinking it takes away what is finer
+    than a stroke: the dots and hairlines that skies are left with otherwise.
     """
     return shrunk_size(size, 1 / config.supersampling)
 
@@ -1298,20 +1307,23 @@ class Targets:
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """How a run looks at pictures: through which network, and in strips or not."""
+    """How a run looks at pictures: through which network, and how much of it in strips."""
 
     network: VGG19Features
     config: StyleTransferConfig
-    checkpoint: bool
+    blocks_in_strips: int
 
     def content_features(self, photo: Tensor) -> dict[str, Tensor]:
         """The features of a photo in the content layers, {layer: (1, C, h, w)}."""
-        return self.network(photo, self.config.content_layers, checkpoint=self.checkpoint)
+        layers = self.config.content_layers
+        return self.network(photo, layers, blocks_in_strips=self.blocks_in_strips)
 
     def style_statistics(self, painting: Tensor) -> dict[str, Tensor]:
         """The statistics of a painting in the style layers, {layer: (1, C + 1, C)}."""
         layers = self.config.style_layers
-        return self.network(painting, layers, statistics=layers, checkpoint=self.checkpoint)
+        return self.network(
+            painting, layers, statistics=layers, blocks_in_strips=self.blocks_in_strips
+        )
 
     def of_canvas(
         self, canvas: Tensor, targets: Targets
@@ -1326,7 +1338,7 @@ class FeatureExtractor:
             canvas,
             content_layers | style_layers,
             statistics=by_network,
-            checkpoint=self.checkpoint,
+            blocks_in_strips=self.blocks_in_strips,
         )
         features = {layer: found[layer] for layer in targets.content}
         guides = targets.guides or {}
@@ -1491,8 +1503,8 @@ def make_optimizer(
     """The optimizer that ``config.optimizer`` names."""
     if extractor.config.optimizer == "adam":
         return AdamOnCanvas(canvas, scale, limits)
-    # A run with checkpoints is short of memory, and eight bits tell enough about a move.
-    pair_type = torch.bfloat16 if extractor.checkpoint else torch.float32
+    # Where strips save memory, this does too: eight bits tell enough about a move.
+    pair_type = torch.bfloat16 if extractor.blocks_in_strips > 0 else torch.float32
     return LbfgsOnCanvas(canvas, scale, limits, pair_type)
 
 
@@ -1933,9 +1945,10 @@ def _check_memory(
     checkpoint = config.checkpoint is not False  # a run uses them unless that is forbidden
 
     def fits(long_side: int) -> bool:
-        smaller = shrunk_size(size, max(size) / long_side)
-        painted = size_to_paint(smaller, config)
-        return bytes_needed(painted, pictures, config, dtype, checkpoint) <= free
+        result = shrunk_size(size, max(size) / long_side)
+        painted = size_to_paint(result, config)
+        in_strips = blocks_in_strips(painted, result, checkpoint)
+        return bytes_needed(painted, pictures, config, dtype, in_strips) <= free
 
     if not fits(max(size)):
         largest = _largest_that(fits, max(size))
@@ -1992,6 +2005,10 @@ def _have_the_same_shape(size: Sequence[int], other: Sequence[int]) -> bool:
 # 7. Pictures in -----------------------------------------------------------------------------------
 
 Source = str | os.PathLike | bytes | Image.Image
+
+# How many times smaller CUDA makes a picture, to which no step of a supersampled run has to wait
+# for a copy on the CPU. Its kernel has no room for the filter of a picture made very much smaller.
+MOST_ON_CUDA = 8
 
 # What is read. Pillow knows more formats, such as EPS, which runs programs.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
@@ -2054,8 +2071,10 @@ def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     """A (1, C, H, W) picture at ``size`` (H, W): bicubic, antialiased, clamped to [0, 1]."""
     if tuple(image.shape[2:]) == tuple(size):
         return image
-    on_cpu = image.cpu()  # not every device can antialias
-    resized = F.interpolate(on_cpu, tuple(size), mode="bicubic", antialias=True)
+    sides = zip(image.shape[2:], size, strict=True)
+    on_cuda = image.is_cuda and all(old <= MOST_ON_CUDA * new for old, new in sides)
+    source = image if on_cuda else image.cpu()  # not every device can antialias
+    resized = F.interpolate(source, tuple(size), mode="bicubic", antialias=True)
     return resized.clamp(0, 1).to(image.device)
 
 
@@ -2763,13 +2782,15 @@ def _download(path: Path, checksum: str) -> None:
 
 # Bytes of a pixel at the peak, in float32, above the start.
 PLAIN_BYTES = 2500
+BLOCK_1_IN_STRIPS_BYTES = 1750
 KEPT_BYTES = 330  # with checkpoints: what is kept of each pixel
 STRIP_BYTES = 1700  # with checkpoints: what is computed of each pixel of a strip
 REGION_BYTES = 1200  # more for the guided features of each region
 LBFGS_BYTES = 136  # more for the moves that L-BFGS remembers
 HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 
-CHECKPOINT_SLOWDOWN = 2.2  # what is computed twice takes this much longer
+# Computing in strips, and twice, takes this much longer, by the number of blocks it is done to.
+SLOWDOWNS = {0: 1.0, 1: 1.15, ALL_BLOCKS: 2.2}
 TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
 TRIAL_STEPS = 4
 MOST_STEPS = 2**20
@@ -2820,7 +2841,8 @@ def estimate(
     for scale in plan:
         size, device, dtype = scale.size, network.device, network.dtype
         checkpoint = choose_checkpoint(size, pictures, config, device, dtype)
-        memory = max(memory, bytes_needed(size, pictures, config, dtype, checkpoint))
+        in_strips = blocks_in_strips(size, pictures.size, checkpoint)
+        memory = max(memory, bytes_needed(size, pictures, config, dtype, in_strips))
     return Estimate(seconds, memory, free_memory(network.device))
 
 
@@ -2836,7 +2858,7 @@ def seconds_needed(
     for scale in plan:
         device, dtype = network.device, network.dtype
         checkpoint = choose_checkpoint(scale.size, pictures, config, device, dtype)
-        slowdown = CHECKPOINT_SLOWDOWN if checkpoint else 1.0
+        slowdown = SLOWDOWNS[blocks_in_strips(scale.size, pictures.size, checkpoint)]
         first_look = painted_pixels(scale.size)  # for the targets
         seconds += (scale.work + first_look) * rate * slowdown
     return seconds
@@ -2916,7 +2938,7 @@ def measure_rate(pictures: Pictures, config: StyleTransferConfig, network: VGG19
     small = replace(pictures, content=shrink_to(pictures.content, side), start=None)
     references = find_references(small, config, network.device)
     scale = Scale(small.size, TRIAL_STEPS, config.learning_rate)
-    extractor = FeatureExtractor(network, config, checkpoint=False)
+    extractor = FeatureExtractor(network, config, blocks_in_strips=0)
     ends = []
     image = first_picture(references, small.size, config)
     for _, _, losses in paint_scale(image, scale, references, config, extractor):
@@ -2931,9 +2953,12 @@ def bytes_needed(
     pictures: Pictures,
     config: StyleTransferConfig,
     dtype: torch.dtype,
-    checkpoint: bool,
+    in_strips: int,
 ) -> float:
-    """The bytes that painting at ``size`` takes at its peak, above the start."""
+    """The bytes that painting at ``size`` takes at its peak, above the start.
+
+    ``in_strips`` is how many blocks of VGG19 are computed in strips.
+    """
     pixels = float(painted_pixels(size))
     for style in pictures.styles:
         shrink = min(config.supersampling, config.style_scale * max(size) / max(style.shape[2:]))
@@ -2943,8 +2968,10 @@ def bytes_needed(
     more = pixels * share * REGION_BYTES * len(pictures.masks)
     if config.optimizer == "lbfgs":
         more += pixels * LBFGS_BYTES
-    if not checkpoint:
+    if in_strips == 0:
         return share * PLAIN_BYTES * pixels + more
+    if in_strips == 1:
+        return share * BLOCK_1_IN_STRIPS_BYTES * pixels + more
     pixels_of_strip = min(pixels, STRIP_ROWS * size[1])
     return share * (KEPT_BYTES * pixels + STRIP_BYTES * pixels_of_strip) + more
 
@@ -2959,8 +2986,20 @@ def choose_checkpoint(
     """Whether to paint at ``size`` with checkpoints: if so much memory would go otherwise."""
     if isinstance(config.checkpoint, bool):
         return config.checkpoint
-    plain = bytes_needed(size, pictures, config, dtype, checkpoint=False)
+    in_strips = blocks_in_strips(size, pictures.size, checkpoint=False)
+    plain = bytes_needed(size, pictures, config, dtype, in_strips)
     return plain > free_memory(device) / 2
+
+
+def blocks_in_strips(size: Size, result: Size, checkpoint: bool) -> int:
+    """How many of VGG19's blocks, from the first, are computed in strips at ``size``.
+
+    With checkpoints all are. Otherwise the first, which needs the most memory, is at a size larger
+    than the ``result``: so supersampling costs none, and a tenth of a step.
+    """
+    if checkpoint:
+        return ALL_BLOCKS
+    return 1 if max(size) > max(result) else 0
 
 
 def free_memory(device: torch.device) -> float:
@@ -3245,7 +3284,7 @@ def sweep(
     that the settings need, as ``pooling`` does. A sweep that is stopped draws what there is and
     raises ``KeyboardInterrupt`` again. Raises what ``stylize`` would before the first run.
 
-    Example: ``sweep(photo, painting, config, style_weight=(3, 30, 300))``.
+    Example: ``sweep(photo, painting, config, style_weight=(4, 40, 400))``.
     """
     configs = _configs_of_sweep(config, values)
     pictures = gather_pictures(content, styles, masks, keep, start)
@@ -3275,7 +3314,7 @@ def sweep(
 
 
 CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
-    "style_weight": (3, 30, 300),
+    "style_weight": (4, 40, 400),
     "content_weight": (0.5, 5, 50),
     "detail": (0, 0.5, 1),
     "color": COLORS,

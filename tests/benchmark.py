@@ -88,12 +88,10 @@ def seconds_of_a_textbook_step(size: int) -> float:
 
 
 def bytes_a_pixel(size: int, optimizer: str, checkpoint: bool) -> float:
-    """The peak of a run at one size, above its start; to be run in a process of its own."""
+    """The peak of a run, above its start; to be run in a process of its own."""
     config = nst.StyleTransferConfig(
         weights="bundled",
         max_size=size,
-        scales=1,
-        num_steps=7,
         optimizer=optimizer,
         checkpoint=checkpoint,
         precision="float32",
@@ -145,7 +143,7 @@ def results(is_quick: bool) -> dict[str, object]:
         found[f"seconds, {other} px"] = seconds_of_a_run(other)
     for optimizer in nst.OPTIMIZERS:
         for checkpoint in (False, True):
-            call = f"bytes_a_pixel(768, {optimizer!r}, {checkpoint})"
+            call = f"bytes_a_pixel(512, {optimizer!r}, {checkpoint})"
             how = "with" if checkpoint else "without"
             name = f"bytes a pixel, {optimizer}, {how} checkpoints"
             found[name] = in_a_process(call)

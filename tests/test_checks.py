@@ -242,10 +242,11 @@ def test_a_small_region_of_a_large_photo_and_a_grey_one_are_taken(vgg):
 
 def needed(pictures, long_side, config=TINY, checkpoint=True) -> float:
     size = (round(long_side * 2 / 3), long_side)
-    return nst.bytes_needed(size, pictures, config, torch.float32, checkpoint)
+    in_strips = nst.blocks_in_strips(size, size, checkpoint)
+    return nst.bytes_needed(size, pictures, config, torch.float32, in_strips)
 
 
-@pytest.mark.parametrize(("quality", "factor"), [("normal", 1), ("best", 1.5)])
+@pytest.mark.parametrize(("quality", "factor"), [("quick", 1), ("normal", 1.25), ("best", 1.5)])
 def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(
     monkeypatch, vgg, pair, quality, factor
 ):
@@ -293,7 +294,7 @@ def test_the_memory_is_that_of_the_networks_device_and_number_type(monkeypatch, 
     pictures = nst.gather_pictures(*pair)
     size = pair[0].shape[2:]
     in_half, in_full = (
-        nst.bytes_needed(size, pictures, TINY, dtype, False)
+        nst.bytes_needed(size, pictures, TINY, dtype, 0)
         for dtype in (torch.bfloat16, torch.float32)
     )
     config = replace(TINY, checkpoint=False)

@@ -260,13 +260,16 @@ def test_float16_has_room_for_the_loudest_features(pair):
 # Strips -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("blocks", [1, nst.ALL_BLOCKS])
 @pytest.mark.parametrize("size", [(129, 70), (96, 64), (65, 33), (16, 90)])
-def test_in_strips_the_losses_and_the_gradient_are_the_same(monkeypatch, vgg, pictures, size):
+def test_in_strips_the_losses_and_the_gradient_are_the_same(
+    monkeypatch, vgg, pictures, size, blocks
+):
     """Strips of 16 rows, so that most blocks have several; odd heights, for an odd last one."""
     monkeypatch.setattr(nst, "STRIP_ROWS", 16)
     trio = [nst.resize(pictures[name], size) for name in ("chelsea", "china", "starry_night")]
     expected, gradient = losses_and_gradient(vgg, *trio)
-    losses, its_gradient = losses_and_gradient(vgg, *trio, checkpoint=True)
+    losses, its_gradient = losses_and_gradient(vgg, *trio, blocks_in_strips=blocks)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert (its_gradient - gradient).norm() < 1e-4 * gradient.norm()
 
@@ -277,7 +280,7 @@ def test_in_strips_the_features_are_the_same_in_every_layer(monkeypatch, pooling
     monkeypatch.setattr(nst, "STRIP_ROWS", 8)
     layers = ("relu1_1", "relu1_2", "relu2_2", "relu3_4", "relu4_4")
     network = nst.VGG19Features(layers, "bundled", pooling)
-    in_strips = network(pictures["china"], checkpoint=True)
+    in_strips = network(pictures["china"], blocks_in_strips=nst.ALL_BLOCKS)
     for layer, features in network(pictures["china"]).items():
         torch.testing.assert_close(in_strips[layer], features, rtol=1e-4, atol=1e-3)
 
@@ -285,7 +288,7 @@ def test_in_strips_the_features_are_the_same_in_every_layer(monkeypatch, pooling
 def test_in_strips_nothing_but_the_blocks_outputs_is_kept(monkeypatch, vgg, pictures):
     monkeypatch.setattr(nst, "STRIP_ROWS", 16)
 
-    def kept(checkpoint: bool) -> int:
+    def kept(blocks: int) -> int:
         sizes = []
 
         def note(tensor: Tensor) -> Tensor:
@@ -294,10 +297,12 @@ def test_in_strips_nothing_but_the_blocks_outputs_is_kept(monkeypatch, vgg, pict
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             picture = pictures["china"].clone().requires_grad_()
-            vgg(picture, statistics=nst.STYLE_LAYERS, checkpoint=checkpoint)
+            vgg(picture, statistics=nst.STYLE_LAYERS, blocks_in_strips=blocks)
         return sum(sizes)
 
-    assert kept(True) * 4 < kept(False)
+    plain, first_in_strips, all_in_strips = (kept(blocks) for blocks in (0, 1, nst.ALL_BLOCKS))
+    assert first_in_strips * 1.25 < plain
+    assert all_in_strips * 4 < plain
 
 
 def test_in_strips_no_piece_of_a_picture_is_higher_than_a_strip_and_its_halo(monkeypatch, vgg):
@@ -306,7 +311,7 @@ def test_in_strips_no_piece_of_a_picture_is_higher_than_a_strip_and_its_halo(mon
     hook = vgg.network.get_submodule("conv1_1").register_forward_hook(
         lambda _, inputs, __: heights.append(inputs[0].shape[2])
     )
-    vgg(torch.rand(1, 3, 96, 16), checkpoint=True)
+    vgg(torch.rand(1, 3, 96, 16), blocks_in_strips=1)
     hook.remove()
     assert len(heights) == 96 / 16
     assert max(heights) == 16 + 2 * 2  # two convolutions in the block, both ways

@@ -64,11 +64,12 @@ def test_with_pairs_of_half_precision_lbfgs_still_finds_the_minimum():
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "pair_type"), [(True, torch.bfloat16), (False, torch.float32)]
+    ("in_strips", "pair_type"),
+    [(nst.ALL_BLOCKS, torch.bfloat16), (1, torch.bfloat16), (0, torch.float32)],
 )
-def test_with_checkpoints_what_lbfgs_remembers_takes_half(shallow, checkpoint, pair_type):
+def test_in_strips_what_lbfgs_remembers_takes_half(shallow, in_strips, pair_type):
     canvas = torch.rand(1, 3, 16, 16, requires_grad=True)
-    extractor = nst.FeatureExtractor(shallow, replace(SHALLOW, optimizer="lbfgs"), checkpoint)
+    extractor = nst.FeatureExtractor(shallow, replace(SHALLOW, optimizer="lbfgs"), in_strips)
     optimizer = nst.make_optimizer(canvas, scale_of(3, 0.1), (0.0, 1.0), extractor)
     for _ in range(3):
         optimizer.move(torch.randn(1, 3, 16, 16))
@@ -256,7 +257,7 @@ def test_a_run_that_goes_on_smaller_has_all_the_time_that_is_left(
     monkeypatch.setattr(nst.VGG19Features, "forward", run_out)
     config = replace(SHALLOW, num_steps="auto", seconds=0.6, checkpoint=True)
     planned = nst.choose_num_steps(nst.gather_pictures(*pair), config, shallow)
-    steps = tick(nst.stylize(*pair, config, network=shallow), clock, nst.CHECKPOINT_SLOWDOWN)
+    steps = tick(nst.stylize(*pair, config, network=shallow), clock, nst.SLOWDOWNS[nst.ALL_BLOCKS])
     with pytest.warns(nst.RecoveryWarning):
         step = last(steps)
     assert step.number == planned

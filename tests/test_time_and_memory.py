@@ -33,7 +33,9 @@ def bytes_needed(
     dtype=torch.float32,
     checkpoint=False,
 ) -> float:
-    return nst.bytes_needed(size, pictures or pictures_of(), config, dtype, checkpoint)
+    pictures = pictures or pictures_of(size)
+    in_strips = nst.blocks_in_strips(size, size, checkpoint)
+    return nst.bytes_needed(size, pictures, config, dtype, in_strips)
 
 
 def leave_free(monkeypatch, amount: float) -> None:
@@ -121,16 +123,16 @@ def test_each_scale_is_painted_with_checkpoints_or_without_as_its_memory_needs(
 
     def note(self, image, *args, **options):
         if image.requires_grad:
-            seen.append((image.shape[3] > 60, options["checkpoint"]))
+            seen.append((image.shape[3] > 60, options["blocks_in_strips"]))
         return forward(self, image, *args, **options)
 
     monkeypatch.setattr(nst.VGG19Features, "forward", note)
     config = replace(TINY, checkpoint="auto", num_steps=4)
     photo_size = pair[0].shape[2:]
-    needed = nst.bytes_needed(photo_size, nst.Pictures(pair[0], pair[1:]), config, vgg.dtype, False)
+    needed = nst.bytes_needed(photo_size, nst.Pictures(pair[0], pair[1:]), config, vgg.dtype, 0)
     leave_free(monkeypatch, 1.8 * needed)  # more than half goes at full size, and less before
     result = last(nst.stylize(*pair, config, network=vgg))
-    assert set(seen) == {(False, False), (True, True)}
+    assert set(seen) == {(False, 0), (True, nst.ALL_BLOCKS)}
     assert result.record["settings"]["checkpoint"] == "auto"
 
 
