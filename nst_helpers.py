@@ -205,7 +205,7 @@ def stride_of(layer: str) -> int:
 class StyleTransferConfig:
     """Every setting of a run: numbers, words and layers, checked when they are set.
 
-    ``dataclasses.replace(config, style_weight=60)`` gives a changed copy. A config supports
+    ``dataclasses.replace(config, style_weight=80)`` gives a changed copy. A config supports
     ==, prints readably, and survives JSON: ``StyleTransferConfig(**json.loads(text))``.
 
     Size and effort
@@ -911,7 +911,7 @@ def stylize(
 
         photo = load_image("images/china.jpg")
         painting = load_image("images/starry_night.jpg")
-        for step in stylize(photo, painting, StyleTransferConfig(style_weight=60)):
+        for step in stylize(photo, painting, StyleTransferConfig(style_weight=80)):
             print(f"{step.progress:.0%}")
         save_image(step)
     """
@@ -2006,8 +2006,8 @@ def _have_the_same_shape(size: Sequence[int], other: Sequence[int]) -> bool:
 
 Source = str | os.PathLike | bytes | Image.Image
 
-# How many times smaller CUDA makes a picture, to which no step of a supersampled run has to wait
-# for a copy on the CPU. Its kernel has no room for the filter of a picture made very much smaller.
+# A picture on CUDA is resized there, so that no step waits for the CPU, unless it gets more than
+# this many times smaller: CUDA has no room for so large a filter.
 MOST_ON_CUDA = 8
 
 # What is read. Pillow knows more formats, such as EPS, which runs programs.
@@ -2995,7 +2995,7 @@ def blocks_in_strips(size: Size, result: Size, checkpoint: bool) -> int:
     """How many of VGG19's blocks, from the first, are computed in strips at ``size``.
 
     With checkpoints all are. Otherwise the first, which needs the most memory, is at a size larger
-    than the ``result``: so supersampling costs none, and a tenth of a step.
+    than the ``result``: so that supersampling takes little more, and a tenth more time.
     """
     if checkpoint:
         return ALL_BLOCKS

@@ -323,6 +323,16 @@ def test_the_plan_spends_all_steps_and_always_paints_the_full_size(num_steps, si
     assert plan[-1].size == size
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "expected"), [(75, [57, 12, 6]), (13, [10, 2, 1]), (95, [57, 22, 16])]
+)
+def test_most_steps_are_taken_where_they_are_cheap(num_steps, expected):
+    """Up to the normal number; those beyond it go to the two finest scales."""
+    plan = nst.plan_scales((342, 512), num_steps, nst.StyleTransferConfig())
+    assert [scale.steps for scale in plan] == expected
+    assert [scale.size[1] for scale in plan] == [160, 320, 640]
+
+
 def test_a_run_of_any_number_of_steps_starts_at_once(vgg, pair):
     """A list with an entry a step would not fit into any memory."""
     step = next(nst.stylize(*pair, replace(TINY, num_steps=2**62), network=vgg))

@@ -57,6 +57,15 @@ def test_checkpoints_and_half_precision_take_less():
     assert plain / 3 < half < 0.8 * plain
 
 
+def test_the_more_blocks_are_in_strips_the_less_memory_is_needed():
+    pictures = pictures_of((512, 512))
+    plain, first, all_of_them = (
+        nst.bytes_needed((640, 640), pictures, TINY, torch.float32, in_strips)
+        for in_strips in (0, 1, nst.ALL_BLOCKS)
+    )
+    assert 2 * all_of_them < first < 0.8 * plain
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_masks_and_lbfgs_take_more(checkpoint):
     config = replace(TINY, optimizer="adam")
