@@ -265,6 +265,17 @@ def test_a_size_that_cannot_fit_is_refused_with_the_largest_that_would(
     call(pair, vgg, config, content=torch.zeros(1, 3, round(largest * 2 / 3) - 1, largest - 1))
 
 
+def test_a_supersampled_picture_is_counted_with_its_first_block_in_strips(monkeypatch, vgg, pair):
+    monkeypatch.setattr(nst, "free_memory", lambda device: 0.3 * GB)
+    huge = torch.zeros(1, 3, 2000, 3000)
+    config = replace(TINY, quality="normal", checkpoint=False)
+    largest = int(re.search(r"at most (\d+)", refused(pair, vgg, config, content=huge))[1])
+    pictures = nst.gather_pictures(huge, pair[1])
+    for long_side, fits in ((largest - 2, True), (largest + 2, False)):
+        size = (round(1.25 * long_side * 2 / 3), round(1.25 * long_side))
+        assert (nst.bytes_needed(size, pictures, config, torch.float32, 1) <= 0.3 * GB) is fits
+
+
 def test_without_checkpoints_what_fits_only_with_them_is_refused(monkeypatch, vgg, pair):
     """Linux lets a process take more than there is and then kills it without a word."""
     content = torch.zeros(1, 3, 400, 600)
