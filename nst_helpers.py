@@ -1483,7 +1483,7 @@ LONGEST_MOVE = 1.5  # learning rates: the largest mean change of a pixel that it
 LEAST_COSINE = 1e-8  # of s and y: not above it, a move taught nothing but rounding
 ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 ADAM_LAST_RATE = 0.05  # of the learning rate, at the end of each scale
-AVERAGE_DECAY = 0.8  # share of the old average that each step of Adam keeps
+AVERAGE_DECAY = 0.5  # share of the old average that each step of Adam keeps
 
 
 class CanvasOptimizer(Protocol):
@@ -1591,7 +1591,7 @@ class AdamOnCanvas:
     Adam divides each pixel's move by the magnitude of its own gradients, so pixels that hardly
     matter move as far as the others: that is grain. Departure: it is divided by the geometric mean
     of that magnitude and the whole picture's. Departure: the picture is a running average of the
-    canvas, which takes more of the grain out.
+    canvas, which takes grain out of a scale that ends early, while the rate is still high.
     """
 
     def __init__(self, canvas: Tensor, scale: Scale, limits: Limits) -> None:
