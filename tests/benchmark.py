@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,15 +24,14 @@ sys.path.insert(0, str(ROOT))
 import nst_helpers as nst  # noqa: E402
 
 GAUGE_SECONDS = 0.005  # between two looks at the memory
-FIVE_LAYERS = (*nst.STYLE_LAYERS, "relu5_1")
+CONFIG = nst.StyleTransferConfig(weights="bundled")
+FIVE_LAYERS = (*CONFIG.style_layers, "relu5_1")
 
 
 def load(size: int) -> list[torch.Tensor]:
     """The sample pair with a long side of ``size``; larger than the files are, it is enlarged."""
-    names = ("china.jpg", "starry_night.jpg")
-    device = nst.pick_device()
-    files = [ROOT / "images" / name for name in names]
-    return [nst.load_image(file, size, upscale=True, device=device) for file in files]
+    files = [ROOT / "images" / name for name in ("china.jpg", "starry_night.jpg")]
+    return [nst.load_image(file, size, upscale=True, device="auto") for file in files]
 
 
 def wait(device: torch.device) -> None:
@@ -41,8 +41,8 @@ def wait(device: torch.device) -> None:
 
 def seconds_of_a_run(size: int, **settings) -> float:
     """How long painting the sample pair takes."""
-    config = nst.StyleTransferConfig(weights="bundled", max_size=size, **settings)
-    network = nst.VGG19Features.from_config(config)
+    config = replace(CONFIG, max_size=size, **settings)
+    network = nst.load_network(config)
     content, style = load(size)
     begin = time.perf_counter()
     for step in nst.stylize(content, style, config, network=network):
@@ -58,12 +58,15 @@ def gram(features: torch.Tensor) -> torch.Tensor:
 
 def seconds_of_a_textbook_step(size: int) -> float:
     """The median of ten steps of the loop that a reader of the paper would write."""
-    layers = (*nst.CONTENT_LAYERS, *FIVE_LAYERS)
-    network = nst.VGG19Features(layers, weights="bundled").to(nst.pick_device())
+    weights = (1,) * len(FIVE_LAYERS)
+    config = replace(
+        CONFIG, style_layers=FIVE_LAYERS, style_layer_weights=weights, precision="float32"
+    )
+    network = nst.load_network(config)
     network.to(memory_format=torch.contiguous_format)
     content, style = load(size)
     with torch.no_grad():
-        photo = network(content, nst.CONTENT_LAYERS)
+        photo = network(content, CONFIG.content_layers)
         targets = {layer: gram(found) for layer, found in network(style, FIVE_LAYERS).items()}
     image = content.clone(memory_format=torch.contiguous_format).requires_grad_()
     optimizer = torch.optim.LBFGS([image], max_iter=1)
@@ -89,14 +92,10 @@ def seconds_of_a_textbook_step(size: int) -> float:
 
 def bytes_a_pixel(size: int, optimizer: str, checkpoint: bool) -> float:
     """The peak of a run, above its start; to be run in a process of its own."""
-    config = nst.StyleTransferConfig(
-        weights="bundled",
-        max_size=size,
-        optimizer=optimizer,
-        checkpoint=checkpoint,
-        precision="float32",
+    config = replace(
+        CONFIG, max_size=size, optimizer=optimizer, checkpoint=checkpoint, precision="float32"
     )
-    network = nst.VGG19Features.from_config(config)
+    network = nst.load_network(config)
     content, style = load(size)
     process, has_ended = psutil.Process(), threading.Event()
     start = process.memory_info().rss
@@ -130,7 +129,7 @@ def results(is_quick: bool) -> dict[str, object]:
     found: dict[str, object] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "precision": str(nst.pick_precision("auto", nst.pick_device())),
+        "precision": str(nst.load_network(CONFIG).dtype),
         f"seconds, {size} px": normal,
         f"seconds, {size} px, quick": seconds_of_a_run(size, quality="quick"),
         f"seconds, {size} px, adam": seconds_of_a_run(size, optimizer="adam"),
@@ -141,7 +140,7 @@ def results(is_quick: bool) -> dict[str, object]:
         return found
     for other in (256, 1024, 2048):
         found[f"seconds, {other} px"] = seconds_of_a_run(other)
-    for optimizer in nst.OPTIMIZERS:
+    for optimizer in ("lbfgs", "adam"):
         for checkpoint in (False, True):
             call = f"bytes_a_pixel(512, {optimizer!r}, {checkpoint})"
             how = "with" if checkpoint else "without"

@@ -54,15 +54,22 @@ def readme_command(beginning: str) -> list[str]:
     return [str(Path(sys.executable).parent / Path(program).name), *arguments]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random tensors are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def vgg() -> nst.VGG19Features:
-    return nst.VGG19Features(weights="bundled")
+    """The network for ``TINY``."""
+    return nst.load_network(TINY)
 
 
 @pytest.fixture(scope="session")
 def shallow() -> nst.VGG19Features:
     """The network for ``SHALLOW``."""
-    return nst.VGG19Features(("relu1_1", "relu2_1"), "bundled")
+    return nst.load_network(SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +93,16 @@ def paint(content: torch.Tensor, styles, network: nst.VGG19Features, **settings)
     """The picture that ``stylize`` ends with, given settings and pictures alike by their names."""
     names = ("masks", "keep", "start")
     given = {name: settings.pop(name) for name in names if name in settings}
-    config = replace(TINY, **settings)
+    config = replace(SHALLOW if network.layers == SHALLOW.layers else TINY, **settings)
     return last(nst.stylize(content, styles, config, network=network, **given)).image
+
+
+def mean_change(image: torch.Tensor, other: torch.Tensor) -> float:
+    return (image - other).abs().mean().item()
+
+
+def assert_close(image: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(image, expected, atol=atol, rtol=0)
 
 
 def half_mask(size, left: bool = True) -> torch.Tensor:
@@ -100,14 +115,13 @@ def half_mask(size, left: bool = True) -> torch.Tensor:
 
 def style_loss(image: torch.Tensor, style: torch.Tensor, vgg: nst.VGG19Features) -> float:
     """How far ``image`` is from the style of ``style``, in the style layers."""
-    target = vgg(style, nst.STYLE_LAYERS, statistics=nst.STYLE_LAYERS)
-    found = vgg(image, nst.STYLE_LAYERS, statistics=nst.STYLE_LAYERS)
+    found, target = (vgg.look(seen, (), TINY.style_layers)[1] for seen in (image, style))
     return nst.calculate_style_loss(found, target).item()
 
 
 def content_loss(image: torch.Tensor, content: torch.Tensor, vgg: nst.VGG19Features) -> float:
-    target = vgg(content, nst.CONTENT_LAYERS)
-    return nst.calculate_content_loss(vgg(image, nst.CONTENT_LAYERS), target).item()
+    found, target = (vgg(seen, TINY.content_layers) for seen in (image, content))
+    return nst.calculate_content_loss(found, target).item()
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -132,19 +146,32 @@ def fail(error: BaseException) -> Callable:
     return raising
 
 
-def change_features(monkeypatch, at_step: int, change: Callable) -> None:
-    """Let ``change`` do what it will with what the network sees of the picture in one step."""
-    forward = nst.VGG19Features.forward
+def break_looks(monkeypatch, at_step: int, change: Callable) -> None:
+    """Let ``change`` replace what the network sees of the canvas, ``(content, style)``, once."""
+    look = nst._FastVGG19.look
     steps = []
 
     def changed(self, image, *args, **kwargs):
-        features = forward(self, image, *args, **kwargs)
+        seen = look(self, image, *args, **kwargs)
         if not image.requires_grad:
-            return features
+            return seen
         steps.append(1)
-        return change(features) if len(steps) == at_step else features
+        return change(*seen) if len(steps) == at_step else seen
 
-    monkeypatch.setattr(nst.VGG19Features, "forward", changed)
+    monkeypatch.setattr(nst._FastVGG19, "look", changed)
+
+
+def note_looks(monkeypatch) -> list[tuple[nst.VGG19Features, tuple[int, int], bool]]:
+    """A list that gets, at every look, the network, the image's size, and if it is the canvas."""
+    look = nst._FastVGG19.look
+    looks = []
+
+    def noted(self, image, *args, **kwargs):
+        looks.append((self, tuple(image.shape[2:]), image.requires_grad))
+        return look(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(nst._FastVGG19, "look", noted)
+    return looks
 
 
 def random_vgg(modules: int) -> nn.Sequential:

@@ -1,297 +1,183 @@
-"""The losses against closed forms: numbers that follow from the formula alone."""
+"""The losses and their gradients against closed forms."""
 
-import re
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import SHALLOW
 
 import nst_helpers as nst
 
 
-def stripes() -> torch.Tensor:
-    """Columns of 0 and 1 in turn: a total variation of 1."""
-    return (torch.arange(8) % 2).float().expand(1, 3, 6, 8)
+def statistics_of(features: torch.Tensor) -> nst.Statistics:
+    return nst.style_statistics({"a": features})["a"]
 
 
-# Gram matrices and means --------------------------------------------------------------------------
+def style_distance(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The style loss between the features of two pictures in one layer."""
+    return nst.calculate_style_loss({"a": statistics_of(features)}, {"a": statistics_of(target)})
+
+
+# Statistics ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 7)])
 def test_the_gram_matrix_of_ones_is_ones_at_any_size(size):
-    gram = nst.gram_matrix(torch.ones(2, 5, *size))
-    torch.testing.assert_close(gram, torch.ones(2, 5, 5))
+    assert torch.equal(nst.gram_matrix(torch.ones(2, 5, *size)), torch.ones(2, 5, 5))
 
 
-def test_a_gram_matrix_holds_the_mean_products_of_channels():
-    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])  # two channels, two positions
-    expected = torch.tensor([[[(1 + 4) / 2, (3 + 8) / 2], [(3 + 8) / 2, (9 + 16) / 2]]])
-    torch.testing.assert_close(nst.gram_matrix(features), expected)
+def test_half_precision_features_have_losses_in_float32():
+    """float16 holds no number above 65,504, and the square of 300 is larger."""
+    picture, photo = (torch.full((1, 4, 8, 8), value).half() for value in (300.0, 600.0))
+    gram = torch.full((1, 4, 4), 300.0**2)
+    torch.testing.assert_close(nst.gram_matrix(picture), gram)
+    torch.testing.assert_close(statistics_of(picture).mean, torch.full((1, 4), 300.0))
+    loss = nst.calculate_content_loss({"a": picture}, {"a": photo})
+    torch.testing.assert_close(loss, torch.tensor(1 / 4))
 
 
-def test_a_guide_weighs_the_positions_of_each_region():
-    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
-    guide = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 3.0]]]])  # a region for each position
-    first = torch.tensor([[1.0, 3.0], [3.0, 9.0]]) / 2
-    second = torch.tensor([[4.0, 8.0], [8.0, 16.0]]) * 9 / 2
-    torch.testing.assert_close(nst.gram_matrix(features, guide), torch.stack([first, second]))
-
-
-def test_style_statistics_are_a_gram_matrix_and_below_it_the_means():
-    features = torch.rand(2, 4, 5, 6)
-    found = nst.style_statistics({"a": features, "b": features[:, :3]})
-    assert {layer: tuple(part.shape) for layer, part in found.items()} == {
-        "a": (2, 5, 4),
-        "b": (2, 4, 3),
-    }
-    torch.testing.assert_close(found["a"][:, :-1], nst.gram_matrix(features))
-    torch.testing.assert_close(found["a"][:, -1], features.mean((2, 3)))
-
-
-def test_style_statistics_of_some_layers_only():
-    features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
+def test_style_statistics_are_the_gram_matrix_and_the_means_of_each_layer():
+    features = {"a": torch.rand(2, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
+    found = nst.style_statistics(features)
+    for layer, tensor in features.items():
+        torch.testing.assert_close(found[layer].gram, nst.gram_matrix(tensor))
+        torch.testing.assert_close(found[layer].mean, tensor.mean((2, 3)))
     assert list(nst.style_statistics(features, ["b"])) == ["b"]
 
 
-def test_style_statistics_of_regions_are_those_of_their_positions():
-    """Of two halves, a region each: the same as of each half alone."""
+def test_the_statistics_of_a_region_are_those_of_its_positions():
+    """Two halves as regions have the statistics of the two halves alone."""
     features = torch.rand(1, 4, 6, 8)
     guide = torch.zeros(2, 1, 6, 8)
     guide[0, ..., :4] = guide[1, ..., 4:] = 2**0.5  # a mean square of 1
     found = nst.style_statistics({"a": features}, guides={"a": guide})["a"]
-    halves = torch.cat([features[..., :4], features[..., 4:]])
-    torch.testing.assert_close(found, nst.style_statistics({"a": halves})["a"])
+    for region, half in enumerate((features[..., :4], features[..., 4:])):
+        torch.testing.assert_close(found.gram[region], nst.gram_matrix(half)[0])
+        torch.testing.assert_close(found.mean[region], half.mean((2, 3))[0])
 
 
-def test_only_layers_with_a_guide_have_regions():
-    features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
-    found = nst.style_statistics(features, guides={"b": torch.ones(2, 1, 2, 3)})
-    assert {layer: len(part) for layer, part in found.items()} == {"a": 1, "b": 2}
+# Content ------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_through_a_gram_matrix_is_autograds_own():
-    features = torch.rand(2, 3, 4, 5, requires_grad=True)
-    upstream = torch.rand(2, 3, 3)  # not symmetric: both halves of the gradient count
-    flat = features.flatten(2)
-    (expected,) = torch.autograd.grad(flat @ flat.mT / 20, features, upstream)
-    (found,) = torch.autograd.grad(nst.gram_matrix(features), features, upstream)
-    torch.testing.assert_close(found, expected)
+def test_the_content_loss_is_the_mean_over_the_photos_layers():
+    ones = torch.ones(1, 1, 3, 3)
+    photo, picture = {"a": 2 * ones, "b": 4 * ones}, {"a": 3 * ones, "b": ones, "c": ones}
+    expected = ((3 - 2) ** 2 / 2**2 + (1 - 4) ** 2 / 4**2) / 2
+    assert nst.calculate_content_loss(picture, photo).item() == expected
 
 
-def test_a_gram_matrix_of_large_half_precision_features_is_finite_and_float32():
-    features = torch.full((1, 2, 64, 64), 60_000.0, dtype=torch.float16)
-    gram = nst.gram_matrix(features)
-    assert gram.dtype == torch.float32
-    torch.testing.assert_close(gram, torch.full((1, 2, 2), 60_000.0**2), rtol=1e-5, atol=0)
+def test_the_gradient_of_the_content_loss():
+    picture, photo = torch.rand(2, 1, 3, 4, 5)
+    picture.requires_grad_()
+    loss = nst.calculate_content_loss({"a": picture}, {"a": photo})
+    (gradient,) = torch.autograd.grad(loss, picture)
+    torch.testing.assert_close(gradient, 2 * (picture - photo) / photo.square().sum())
 
 
-def test_the_gradient_through_the_means_is_autograds_own():
-    features = torch.rand(2, 3, 4, 5, requires_grad=True)
-    upstream = torch.rand(2, 3)
-    (expected,) = torch.autograd.grad(features.mean((2, 3)), features, upstream)
-    means = nst.style_statistics({"a": features})["a"][:, -1]
-    (found,) = torch.autograd.grad(means, features, upstream)
-    torch.testing.assert_close(found, expected)
+# Style --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_in_chunks_are_the_plain_ones(monkeypatch, dtype):
-    features = torch.rand(1, 8, 30, 21, dtype=dtype, requires_grad=True)
-    rows = features.detach().float().flatten(2)
-    expected = torch.cat([rows @ rows.mT / (30 * 21), rows.mean(2)[:, None]], dim=1)
-    gradients = []
-    for positions in (7, 10**6):
-        monkeypatch.setattr(nst, "POSITIONS_AT_ONCE", positions)
-        found = nst.style_statistics({"a": features})["a"]
-        torch.testing.assert_close(found, expected)
-        gradients += torch.autograd.grad((found * torch.arange(8.0)).sum(), features)
-    assert gradients[0].dtype == dtype
-    torch.testing.assert_close(*gradients)
+def test_the_style_loss_and_its_gradient():
+    """‖C − Ca‖² / ‖Ca‖² + ‖μ − μa‖² / ‖μa‖², with C = Σ (f − μ)(f − μ)ᵀ / N."""
+    picture, painting = torch.rand(1, 3, 4, 5), torch.rand(1, 3, 6, 7)
+    C, Ca = (torch.cov(features.flatten(2)[0], correction=0) for features in (picture, painting))
+    μ, μa = (features.mean((2, 3), keepdim=True) for features in (picture, painting))
+    expected = (C - Ca).square().sum() / Ca.square().sum()
+    expected += (μ - μa).square().sum() / μa.square().sum()
+    of_covariance = 4 * (C - Ca) @ (picture - μ).flatten(2) / Ca.square().sum() / 20
+    of_mean = 2 * (μ - μa) / μa.square().sum() / 20
+    picture.requires_grad_()
+    loss = style_distance(picture, painting)
+    (gradient,) = torch.autograd.grad(loss, picture)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, of_covariance.view_as(picture) + of_mean)
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_statistics_keep_no_copy_of_the_features_and_the_gradient_has_their_layout(layout):
-    """A float32 copy at relu1_1 would be the largest tensor of a run in half precision."""
-    features = torch.rand(1, 8, 6, 5, dtype=torch.bfloat16)
-    features = features.contiguous(memory_format=layout).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        found = nst.style_statistics({"a": features})["a"]
-    storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > 9 * 8}
-    assert storages == {features.untyped_storage().data_ptr()}
-    (gradient,) = torch.autograd.grad(found.sum(), features)
-    assert gradient.is_contiguous(memory_format=layout)
+def test_losses_are_0_at_the_target_and_fixed_at_nothing():
+    target = torch.rand(1, 4, 5, 6)
+    nothing = torch.zeros_like(target)
+    assert nst.calculate_content_loss({"a": target}, {"a": target}).item() == 0
+    assert nst.calculate_content_loss({"a": nothing}, {"a": target}).item() == 1
+    assert nst.calculate_content_loss({"a": target}, {"a": nothing}).isfinite()
+    assert style_distance(target, target).item() == 0
+    assert style_distance(nothing, target).item() == 2  # 1 for the covariance, 1 for the mean
+    assert style_distance(target, nothing).isfinite()
 
 
-# Content and style --------------------------------------------------------------------------------
-
-
-def style_distance(picture: torch.Tensor, painting: torch.Tensor) -> torch.Tensor:
-    """The style loss between features of one layer."""
-    found, target = (nst.style_statistics({"a": part}) for part in (picture, painting))
-    return nst.calculate_style_loss(found, target)
-
-
-def test_losses_are_zero_at_the_target_and_large_at_nothing():
-    features = {"a": torch.rand(1, 4, 5, 6), "b": torch.rand(1, 8, 2, 3)}
-    nothing = {layer: torch.zeros_like(found) for layer, found in features.items()}
-    assert nst.calculate_content_loss(features, features).item() == 0
-    assert nst.calculate_content_loss(nothing, features).item() == pytest.approx(1)
-    target = nst.style_statistics(features)
-    assert nst.calculate_style_loss(target, target).item() == 0
-    assert nst.calculate_style_loss(nst.style_statistics(nothing), target).item() > 0.9
-
-
-def test_the_content_loss_is_a_mean_over_the_layers_of_the_photo():
-    photo = {"a": torch.full((1, 1, 2, 2), 2.0), "b": torch.full((1, 1, 3, 3), 4.0)}
-    picture = {
-        "a": torch.full((1, 1, 2, 2), 3.0),  # (3 - 2)² / 2²
-        "b": torch.full((1, 1, 3, 3), 1.0),  # (1 - 4)² / 4²
-        "another": torch.rand(1, 1, 5, 5),  # that the photo does not ask for
-    }
-    loss = nst.calculate_content_loss(picture, photo)
-    assert loss.item() == pytest.approx((1 / 4 + 9 / 16) / 2)
-
-
-def test_losses_are_relative_so_the_scale_of_a_layer_cancels_out():
-    def losses(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        picture, photo = torch.rand(2, 1, 4, 5, 6, generator=generator) * factor
-        content = nst.calculate_content_loss({"a": picture}, {"a": photo})
-        return content, style_distance(picture, photo)
-
-    torch.testing.assert_close(losses(50), losses(1))
-
-
-@pytest.mark.parametrize("loss", [nst.calculate_content_loss, nst.calculate_style_loss])
-def test_losses_of_what_has_no_such_layer_are_refused(loss):
-    target = {"relu1_1": torch.ones(1, 3, 2)}
-    for given, wanted, part in (
-        ({"relu2_1": torch.ones(1, 3, 2)}, target, "relu1_1"),
-        ({}, target, "none"),
-        (torch.ones(1, 3, 8, 8), target, "(1, 3, 8, 8)"),
-        (target, torch.ones(1, 3, 8, 8), "(1, 3, 8, 8)"),
-        (target, {}, "{}"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(part)):
-            loss(given, wanted)
-
-
-def test_a_gram_matrix_of_no_features_is_refused():
-    with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
-        nst.gram_matrix(torch.ones(3, 8, 8))
-
-
-def test_the_size_of_a_painting_does_not_matter_to_the_style_loss():
-    features = torch.rand(1, 4, 5, 6)
-    tiled = features.repeat(1, 1, 3, 2)  # the same texture, more of it
-    assert style_distance(tiled, features).item() < 1e-8
-
-
-def test_style_ignores_where_things_are_and_content_does_not():
-    features = torch.rand(1, 4, 6, 6)
-    moved = features.flip(3)
-    assert style_distance(moved, features).item() < 1e-8
-    assert nst.calculate_content_loss({"a": moved}, {"a": features}).item() > 0.1
-
-
-def test_strong_means_do_not_hide_how_channels_vary_together():
-    """In a Gram matrix alone these two would differ by one part in a hundred million."""
-    wave = torch.randn(1, 1, 40, 40)
-    together = 100 + torch.cat([wave, wave], dim=1)
-    in_turn = 100 + torch.cat([wave, -wave], dim=1)
-    assert style_distance(in_turn, together).item() > 0.1
-
-
-def test_the_means_of_channels_count_too():
-    features = torch.rand(1, 4, 20, 20)
-    assert style_distance(features + 1, features).item() > 0.1
-
-
-def near_and_far() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A target, what matches it, and what does not: each the statistics of one layer."""
-    target = nst.style_statistics({"a": torch.rand(1, 4, 5, 6)})["a"]
-    other = nst.style_statistics({"a": torch.rand(1, 4, 5, 6) ** 2})["a"]
-    return target, target.clone(), other
-
-
-def test_layer_weights_make_a_weighted_mean():
-    target, near, far = near_and_far()
-    distance = nst.calculate_style_loss({"far": far}, {"far": target}).item()
-    found, targets = {"near": near, "far": far}, {"near": target, "far": target}
+def test_layers_count_by_their_weights():
+    near, far = torch.rand(2, 1, 4, 5, 6)
+    distance = style_distance(far, near).item()
+    found = {"near": statistics_of(near), "far": statistics_of(far)}
+    target = {"near": statistics_of(near), "far": statistics_of(near)}
     for weights, share in ((None, 1 / 2), ((3, 1), 1 / 4), ((30, 10), 1 / 4), ((0, 2), 1)):
-        loss = nst.calculate_style_loss(found, targets, weights)
+        loss = nst.calculate_style_loss(found, target, weights)
         assert loss.item() == pytest.approx(share * distance)
 
 
 def test_regions_count_by_their_shares():
-    target, near, far = near_and_far()
-    distance = nst.calculate_style_loss({"a": far}, {"a": target}).item()
-    found, targets = {"a": torch.cat([near, far])}, {"a": torch.cat([target, target])}
-    loss = nst.calculate_style_loss(found, targets, region_shares=(0.25, 0.75))
-    assert loss.item() == pytest.approx(0.75 * distance)
+    near, far = torch.rand(2, 1, 4, 5, 6)
+    found = {"a": statistics_of(torch.cat([near, far]))}
+    target = {"a": statistics_of(torch.cat([near, near]))}
+    loss = nst.calculate_style_loss(found, target, region_shares=(0.25, 0.5))
+    assert loss.item() == pytest.approx(0.5 * style_distance(far, near).item())
 
 
-@pytest.mark.parametrize("given", [(1, 4, 5, 6), (1, 4, 4), (2, 5, 4), (1, 9, 8)])
-def test_what_is_no_statistics_of_that_layer_is_refused(given):
-    targets = {"relu1_1": torch.ones(1, 5, 4)}
-    with pytest.raises(ValueError, match=r"^relu1_1 ") as error:
-        nst.calculate_style_loss({"relu1_1": torch.ones(given)}, targets)
-    for part in (repr(given), "(1, 5, 4)", "style_statistics"):
-        assert part in str(error.value)
+@pytest.mark.parametrize("loss", [nst.calculate_content_loss, nst.calculate_style_loss])
+def test_a_missing_layer_is_named(loss):
+    features = {"relu1_1": torch.ones(1, 2, 3, 3), "relu2_1": torch.ones(1, 2, 3, 3)}
+    target = features if loss is nst.calculate_content_loss else nst.style_statistics(features)
+    with pytest.raises(ValueError, match=r"relu1_1.*relu2_1"):
+        loss({"relu2_1": target["relu2_1"]}, target)
 
 
-def test_a_target_of_zeros_keeps_the_losses_finite():
-    ones, zeros = torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
-    assert nst.calculate_content_loss({"a": ones}, {"a": zeros}).isfinite()
-    assert style_distance(ones, zeros).isfinite()
-    assert style_distance(zeros, ones).isfinite()
+# Total variation ----------------------------------------------------------------------------------
+
+ROWS, COLUMNS = torch.meshgrid(torch.arange(6), torch.arange(8), indexing="ij")
 
 
-def test_losses_of_half_precision_features_are_computed_in_float32():
-    """float16 ends at 65,504, which the square of 300 exceeds."""
-    picture, photo = (torch.full((1, 4, 8, 8), value).half() for value in (300.0, 600.0))
-    loss = nst.calculate_content_loss({"a": picture}, {"a": photo})
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1 / 4)
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [((ROWS + COLUMNS) % 2, 2), (ROWS % 2, 1), (COLUMNS % 2, 1), (0 * ROWS, 0)],
+)
+def test_total_variation_of_patterns(image, expected):
+    assert nst.total_variation_loss(image.float().expand(1, 3, 6, 8)).item() == expected
 
 
-# Total variation and the sum ----------------------------------------------------------------------
+def test_the_gradient_of_the_total_variation_of_one_bright_pixel():
+    image = torch.zeros(1, 1, 5, 7)
+    image[..., 2, 3] = 1
+    image.requires_grad_()
+    (gradient,) = torch.autograd.grad(nst.total_variation_loss(image), image)
+    across, down = 1 / (5 * 6), 1 / (4 * 7)  # one over the number of differences
+    expected = torch.zeros(1, 1, 5, 7)
+    expected[..., 2, 2] = expected[..., 2, 4] = -2 * across
+    expected[..., 1, 3] = expected[..., 3, 3] = -2 * down
+    expected[..., 2, 3] = 4 * across + 4 * down
+    torch.testing.assert_close(gradient, expected)
 
 
-def test_total_variation_of_a_checkerboard_is_two_and_of_a_flat_picture_zero():
-    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(8), indexing="ij")
-    checkerboard = ((rows + columns) % 2).float().expand(1, 3, 6, 8)
-    assert nst.total_variation_loss(checkerboard).item() == 2
-    assert nst.total_variation_loss(torch.full((1, 3, 6, 8), 0.3)).item() == 0
+# The total ----------------------------------------------------------------------------------------
 
 
-def test_total_variation_of_stripes_counts_one_direction():
-    assert nst.total_variation_loss(stripes()).item() == 1
-    assert nst.total_variation_loss(stripes().mT).item() == 1
-
-
-def test_the_total_is_the_weighted_sum_of_the_three():
-    """The network gives layers from shallow to deep, whatever their order in the config."""
-    config = nst.StyleTransferConfig(
-        content_weight=5,
-        style_weight=7,
-        tv_weight=11,
-        content_layers=("relu3_1",),
-        style_layers=("relu2_1", "relu1_1"),
-        style_layer_weights=(1, 3),
+def test_the_losses_of_a_step_are_those_of_the_canvas_before_it(shallow, pair, pictures):
+    photo, painting = pair
+    start = nst.resize(pictures["chelsea"], photo.shape[2:])
+    weights = {"content_weight": 3, "style_weight": 7, "tv_weight": 11}
+    layers = {"style_layers": ("relu2_1", "relu1_1"), "style_layer_weights": (1, 3)}
+    # color="content" leaves the photo as it is.
+    config = replace(SHALLOW, num_steps=1, scales=1, color="content", **weights, **layers)
+    (step,) = nst.stylize(photo, painting, config, network=shallow, start=start)
+    canvas, target = (F.pad(image, (4, 4, 4, 4), mode="reflect") for image in (start, photo))
+    painting = nst.match_colors(painting, photo).clamp(0, 1)
+    (found, statistics), (content, _), (_, style) = (
+        shallow.look(image, config.content_layers, config.style_layers)
+        for image in (canvas, target, painting)
     )
-    target, near, far = near_and_far()
-    distance = nst.calculate_style_loss({"a": far}, {"a": target}).item()
-    targets = nst.Targets(
-        content={"relu3_1": torch.full((1, 1, 2, 2), 2.0)},
-        style={"relu2_1": target, "relu1_1": target},
-        guides=None,
-        region_shares=(1.0,),
-    )
-    features = {"relu3_1": torch.ones(1, 1, 2, 2)}  # (1 - 2)² / 2²
-    losses = nst.calculate_losses(
-        stripes(), features, {"relu1_1": near, "relu2_1": far}, targets, config
-    )
-    style = distance / 4
-    expected = {"content": 1 / 4, "style": style, "tv": 1, "total": 5 / 4 + 7 * style + 11}
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
+    expected = {
+        "content": nst.calculate_content_loss(found, content).item(),
+        "style": nst.calculate_style_loss(statistics, style, (1, 3)).item(),
+        "tv": nst.total_variation_loss(canvas).item(),
+    }
+    expected["total"] = 3 * expected["content"] + 7 * expected["style"] + 11 * expected["tv"]
+    assert {name: loss.item() for name, loss in step.losses.items()} == pytest.approx(expected)

@@ -1,317 +1,287 @@
-"""The network is torchvision's VGG19, in float32 and in half precision, at once and in strips."""
+"""VGG19 against torchvision's modules, and the fast version against the plain one."""
 
-import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, last, random_vgg, save_checkpoint
-from torch import Tensor, nn
+from conftest import TINY, last, random_vgg
+from torch import nn
+from torchvision.transforms.functional import normalize
 
 import nst_helpers as nst
 
-DEEPEST = "relu5_1"
-TORCHVISIONS_NUMBERS = {"relu1_1": 1, "relu2_2": 8, "relu4_2": 22, DEEPEST: 29}  # counted by hand
+ALL_LAYERS = [name for name in nst._VGG19_MODULES if name.startswith("relu")]
+# Where torchvision has some layers, counted by hand.
+POSITIONS = {"relu1_1": 1, "relu2_2": 8, "relu3_4": 17, "relu4_2": 22, "relu5_1": 29}
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CAFFE_BGR = [103.939, 116.779, 123.68]  # the mean of each channel, from 0 to 255
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    assert expected.norm() > 0
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+# torchvision's network ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A file of random weights down to relu5_1, and torchvision's modules that have them."""
-    features = random_vgg(30)
-    path = tmp_path_factory.mktemp("weights") / "vgg19-random.pth"
-    return save_checkpoint(features, path), features
+def random_features() -> nn.Sequential:
+    return random_vgg(30)  # down to relu5_1
 
 
-def losses_and_gradient(network, picture, content, style, **options):
-    """The losses of ``picture``, and the gradient of their sum, as a step computes them."""
-    layers = nst.STYLE_LAYERS
-    with torch.no_grad():
-        targets = nst.Targets(
-            content=network(content, nst.CONTENT_LAYERS, **options),
-            style=network(style, layers, statistics=layers, **options),
-            guides=None,
-            region_shares=(1.0,),
-        )
-    picture = picture.clone().requires_grad_()
-    found = network(picture, statistics=layers, **options)
-    config = replace(TINY, content_weight=3, style_weight=30, tv_weight=1)
-    losses = nst.calculate_losses(picture, found, found, targets, config)
-    (losses["total"] * picture.numel()).backward()
-    return {name: loss.item() for name, loss in losses.items()}, picture.grad
+def named_weights(features: nn.Sequential) -> dict[str, torch.Tensor]:
+    """The weights of torchvision's modules, by the names of ours."""
+    convolutions = [name for name in nst._VGG19_MODULES if name.startswith("conv")]
+    names = [f"{name}.{kind}" for name in convolutions for kind in ("weight", "bias")]
+    return dict(zip(names, features.state_dict().values(), strict=False))
 
 
-# Features and layers ------------------------------------------------------------------------------
-
-
-def departed(features: nn.Sequential, pooling: str) -> nn.Sequential:
-    """torchvision's modules, changed only where this project departs from them."""
-    modules = [nn.ReLU() if isinstance(module, nn.ReLU) else module for module in features]
-    if pooling == "average":
-        modules = [nn.AvgPool2d(2) if isinstance(m, nn.MaxPool2d) else m for m in modules]
-    first = nn.Conv2d(3, 64, 3, padding=1, padding_mode="replicate")
-    first.load_state_dict(features[0].state_dict())
-    return nn.Sequential(first, *modules[1:])
+def by_hand(features: nn.Sequential, x: torch.Tensor, pooling: str = "max") -> list[torch.Tensor]:
+    """The outputs of torchvision's modules; the first has its input's edge repeated."""
+    first, *others = features
+    outputs = [F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), first.weight, first.bias)]
+    for module in others:
+        if isinstance(module, nn.MaxPool2d) and pooling == "average":
+            module = nn.AvgPool2d(2)
+        outputs.append(module(outputs[-1].clone()))  # torchvision's ReLUs work in place
+    return outputs
 
 
 @pytest.mark.parametrize("pooling", ["max", "average"])
+def test_features_are_torchvisions(random_features, pooling):
+    image = torch.rand(1, 3, 64, 48)
+    weights = nst.Weights(named_weights(random_features), *IMAGENET, "random", "hash")
+    network = nst.VGG19Features(weights, POSITIONS, pooling)
+    expected = by_hand(random_features, normalize(image, *IMAGENET), pooling)
+    found = network(image)
+    assert list(found) == list(POSITIONS)
+    assert list(network(image, ["relu3_4", "relu1_1"])) == ["relu3_4", "relu1_1"]
+    for layer, position in POSITIONS.items():
+        assert relative_error(found[layer], expected[position]) < 1e-5, layer
+    assert (network.source, network.sha256, network.pooling) == ("random", "hash", pooling)
+
+
+@pytest.mark.parametrize("kind", [nst.VGG19Features, nst._FastVGG19])
+def test_a_network_trained_on_caffes_input_sees_the_same_in_rgb(random_features, kind):
+    """Its first filters are for BGR, from 0 to 255, less the mean."""
+    image = torch.rand(1, 3, 32, 32)
+    bgr = normalize(255 * image.flip(1), CAFFE_BGR, [1, 1, 1])
+    expected = by_hand(random_features[:2], bgr)[1]
+    tensors = named_weights(random_features)
+    tensors["conv1_1.weight"] = tensors["conv1_1.weight"].flip(1)
+    mean = [value / 255 for value in reversed(CAFFE_BGR)]
+    weights = nst.Weights(tensors, mean, [1 / 255] * 3, "caffe", "")
+    found = kind(weights, ["relu1_1"])(image)["relu1_1"]
+    assert relative_error(found, expected) < 1e-5
+
+
+# The plain network and the fast one ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights() -> nst.Weights:
+    """The bundled weights, as ``load_network`` hands them to the fast network."""
+    with mock.patch.object(nst, "_FastVGG19", wraps=nst._FastVGG19) as made:
+        nst.load_network(replace(TINY, content_layers=("relu5_4",)))
+    return made.call_args.args[0]
+
+
+@pytest.fixture(scope="module")
+def photo(pictures) -> torch.Tensor:
+    """Of a height that makes the last strip of some blocks shorter, of others higher."""
+    return nst.resize(pictures["china"], (161, 40))
+
+
+@pytest.fixture
+def low_strips(monkeypatch):
+    """Strips of 8 rows, so that all five blocks have several in a small image."""
+    monkeypatch.setattr(nst, "_STRIP_ROWS", 8)
+
+
+@pytest.mark.parametrize("size", [(161, 40), (16, 40)])  # many strips, and the least height
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("layers", [ALL_LAYERS, ["relu1_1", "relu2_1", "relu5_1"]])
 @torch.no_grad()
-def test_features_are_torchvisions(checkpoint, pooling):
-    path, features = checkpoint
-    picture = torch.rand(1, 3, 64, 48)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # of ImageNet
-    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    modules = departed(features, pooling)
-    found = nst.VGG19Features(tuple(TORCHVISIONS_NUMBERS), path, pooling)(picture)
-    assert list(found) == list(TORCHVISIONS_NUMBERS)
-    for layer, number in TORCHVISIONS_NUMBERS.items():
-        expected = modules[: number + 1]((picture - mean) / std)
-        assert expected.std() > 0
-        error = (found[layer] - expected).abs().max() / expected.max()
-        assert error < 1e-4, layer
+def test_both_see_the_same_in_every_layer(low_strips, weights, layers, pooling, size):
+    image = torch.rand(1, 3, *size)
+    expected = nst.VGG19Features(weights, layers, pooling)(image)
+    fast = nst._FastVGG19(weights, layers, pooling)
+    for strips in (0, 1, 5):
+        found = fast.in_strips(strips)(image)
+        assert list(found) == layers
+        for layer in layers:
+            assert relative_error(found[layer], expected[layer]) < 1e-5, (layer, strips)
 
 
-def test_the_network_is_frozen_and_ends_at_its_deepest_layer(checkpoint):
-    network = nst.VGG19Features(("relu4_2", "relu1_1"), checkpoint[0])
+def losses_and_gradients(network, image, content, style, guides=None):
+    """What a network sees in ``image``, the content and style losses, and their gradients."""
+    content_layers = ("relu2_1", "relu4_2")  # the first is a style layer too
+    image = image.clone().requires_grad_()
+    features, statistics = network.look(image, content_layers, TINY.style_layers, guides)
+    with torch.no_grad():
+        targets, _ = network.look(content, content_layers)
+        _, style_targets = network.look(style, (), TINY.style_layers, guides)
+    shares = (1.0,) if guides is None else (0.5, 0.5)
+    content_loss = nst.calculate_content_loss(features, targets)
+    style_loss = nst.calculate_style_loss(statistics, style_targets, None, shares)
+    losses = content_loss, style_loss
+    gradients = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
+    return features, statistics, [loss.item() for loss in losses], gradients
+
+
+@pytest.mark.parametrize("pooling", ["max", "average"])
+@pytest.mark.parametrize("regions", [0, 2])
+def test_both_look_the_same_and_have_the_same_gradients(
+    low_strips, weights, photo, pooling, regions
+):
+    sizes = zip(TINY.style_layers, [(161, 40), (80, 20), (40, 10), (20, 5)], strict=True)
+    guides = {layer: torch.rand(regions, 1, *size) for layer, size in sizes} if regions else None
+    given = photo.flip(3), photo, photo.flip(2, 1), guides
+    plain = losses_and_gradients(nst.VGG19Features(weights, TINY.layers, pooling), *given)
+    for strips in (0, 1, 5):
+        network = nst._FastVGG19(weights, TINY.layers, pooling).in_strips(strips)
+        features, statistics, losses, gradients = losses_and_gradients(network, *given)
+        assert (list(features), list(statistics)) == (list(plain[0]), list(plain[1]))
+        for layer, expected in plain[0].items():
+            assert relative_error(features[layer], expected) < 1e-5
+        for layer, (gram, mean) in plain[1].items():
+            assert relative_error(statistics[layer].gram, gram) < 1e-5
+            assert relative_error(statistics[layer].mean, mean) < 1e-5
+        assert losses == pytest.approx(plain[2], rel=1e-4)
+        for gradient, expected in zip(gradients, plain[3], strict=True):
+            assert relative_error(gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_the_method_alone_paints_what_stylize_paints(weights, pair, optimizer):
+    config = replace(TINY, num_steps=4, optimizer=optimizer)
+    photo, painting = pair
+    plain, fast = (kind(weights, config.layers) for kind in (nst.VGG19Features, nst._FastVGG19))
+    scales = nst.plan_scales(tuple(photo.shape[2:]), config)
+    expected = last(nst.paint(nst.Job(photo, [painting], config, plain, scales)))
+    found = last(nst.stylize(photo, painting, config, network=fast))
+    assert expected.number == found.number == 4
+    assert (found.image - expected.image).abs().max() * 255 < 0.01
+    assert found.losses["total"].item() == pytest.approx(expected.losses["total"].item(), rel=1e-4)
+
+
+# Layers and settings ------------------------------------------------------------------------------
+
+
+def test_the_network_is_frozen_and_ends_at_its_deepest_layer(weights):
+    network = nst.VGG19Features(weights, ("relu2_1", "relu1_1"))
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    numbers = {name: nst.VGG19_MODULES.index(name) for name, _ in network.network.named_children()}
-    assert max(numbers.values()) == nst.VGG19_MODULES.index("relu4_2")
+    names = [name for name, _ in network.network.named_children()]
+    assert names == ["conv1_1", "relu1_1", "conv1_2", "relu1_2", "pool1", "conv2_1", "relu2_1"]
 
 
-def test_only_the_layers_that_are_asked_for_are_given_and_nothing_below_them_runs(vgg):
-    ran = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, module in vgg.network.named_children()
-    ]
-    picture = torch.rand(1, 3, 16, 16)
-    assert set(vgg(picture)) == {*nst.CONTENT_LAYERS, *nst.STYLE_LAYERS}
-    ran.clear()
-    assert list(vgg(picture, ["relu2_1", "relu1_1"])) == ["relu1_1", "relu2_1"]
-    for hook in hooks:
-        hook.remove()
-    assert ran[-1] == "relu2_1"
+def test_only_the_layers_asked_for_are_given_and_nothing_deeper_runs():
+    network = nst.load_network(TINY)
+    del network.network.conv2_2, network.network.conv3_1
+    image = torch.rand(1, 3, 16, 16)
+    assert list(network(image, ["relu2_1", "relu1_1"])) == ["relu2_1", "relu1_1"]
+    content, statistics = network.look(image, ["relu2_1"], ["relu1_1"])
+    assert (list(content), list(statistics)) == (["relu2_1"], ["relu1_1"])
 
 
-def test_nothing_that_was_handed_out_is_overwritten(vgg):
-    picture = torch.rand(1, 3, 32, 32)
-    alone = vgg(picture, ["relu3_1"])["relu3_1"]
-    assert torch.equal(vgg(picture)["relu3_1"], alone)
-    assert alone.min() == 0  # after the ReLU
-
-
-def test_style_statistics_are_given_in_the_place_of_features(vgg, pair):
-    features = vgg(pair[0])
-    asked = ["relu2_1", "relu4_1"]
-    found = vgg(pair[0], statistics=asked)
-    assert set(found) == set(features)
-    statistics = nst.style_statistics(features, asked)
-    for layer, tensor in found.items():
-        torch.testing.assert_close(tensor, statistics.get(layer, features[layer]))
-
-
-def test_a_luminance_is_seen_as_a_grey_picture(vgg):
+@pytest.mark.parametrize("kind", [nst.VGG19Features, nst._FastVGG19])
+def test_luminance_is_seen_as_a_grey_picture(weights, kind):
     luminance = torch.rand(1, 1, 16, 20)
-    grey = vgg(luminance.repeat(1, 3, 1, 1))
-    for layer, features in vgg(luminance).items():
-        assert torch.equal(features, grey[layer])
+    network = kind(weights, ["relu2_1"])
+    grey = network(luminance.repeat(1, 3, 1, 1))["relu2_1"]
+    torch.testing.assert_close(network(luminance)["relu2_1"], grey)
 
 
-def test_pooling_before_the_relu_changes_nothing(vgg, pair):
-    """The network pools first where nobody asks for that ReLU; the maximum is the same."""
-    last_of_blocks = ("relu1_2", "relu2_2", "relu3_4", "relu4_4")
-    asked = nst.VGG19Features((*vgg.layers, *last_of_blocks), "bundled")
-
-    def pools_first(network) -> bool:
-        names = [name for name, _ in network.network.named_children()]
-        return names.index("pool1") < names.index("relu1_2")
-
-    assert pools_first(vgg)
-    assert not pools_first(asked)
-    features = asked(pair[0], vgg.layers)
-    for layer, expected in vgg(pair[0]).items():
-        assert torch.equal(features[layer], expected)
-
-
-@pytest.mark.parametrize(
-    "layers", [["relu3_2"], ["relu9_9"], ["conv1_1", "relu2_1"], [], "relu1_1", [("relu1_1",)]]
-)
-def test_a_layer_that_the_network_was_not_made_for_is_refused(vgg, layers):
-    with pytest.raises(ValueError, match=r"^layers .*relu4_2.*relu2_1") as error:
-        vgg(torch.rand(1, 3, 16, 16), layers)
-    assert repr(layers) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "layers", [("relu6_1",), ("conv4_1",), (), "relu4_2", ("relu4_2", 7), ([],), None]
-)
-def test_a_layer_that_vgg19_does_not_have_is_refused(layers):
-    with pytest.raises(ValueError, match=r"^layers .*relu1_1.*relu5_4") as error:
-        nst.VGG19Features(layers, "bundled")
-    assert repr(layers) in str(error.value)
-
-
-@pytest.mark.parametrize("pooling", ["median", None, 2])
-def test_a_pooling_that_there_is_not_is_refused(pooling):
-    with pytest.raises(ValueError, match=r"^pooling .*'max'.*'average'") as error:
-        nst.VGG19Features(weights="bundled", pooling=pooling)
-    assert repr(pooling) in str(error.value)
-
-
-def test_layers_may_be_a_list_and_one_may_serve_content_and_style():
-    network = nst.VGG19Features(["relu2_1", "relu1_1", "relu2_1"], "bundled")
-    assert list(network(torch.rand(1, 3, 16, 16))) == ["relu1_1", "relu2_1"]
-
-
-def test_a_network_for_a_config_is_made_as_the_config_says():
-    config = replace(
-        TINY,
-        content_layers=("relu2_2",),
-        style_layers=("relu1_1", "relu2_2"),
-        style_layer_weights=(1, 1),
-        pooling="average",
-        precision="bfloat16",
-    )
-    network = nst.VGG19Features.from_config(config)
-    assert set(network.layers) == {"relu1_1", "relu2_2"}
-    assert (network.pooling, network.source) == ("average", "bundled")
-    assert (network.dtype, network.device) == (torch.bfloat16, torch.device("cpu"))
+def test_a_network_is_made_as_its_config_says():
+    config = replace(TINY, pooling="average", precision="bfloat16", content_layers=("relu2_2",))
+    network = nst.load_network(config)
+    assert (network.layers, network.pooling) == (config.layers, "average")
+    assert network.device == torch.device("cpu")
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
 
 
-def size_in_memory(network: nn.Module) -> int:
-    return sum(parameter.untyped_storage().nbytes() for parameter in network.parameters())
+# Memory -------------------------------------------------------------------------------------------
 
 
-def test_only_the_weights_that_are_needed_stay_in_memory(checkpoint, tmp_path):
-    assert 51e6 < size_in_memory(nst.VGG19Features((DEEPEST,), checkpoint[0])) < 53e6
-    network = nst.VGG19Features(("relu1_2",), checkpoint[0])
-    shared = torch.rand(1_000_000)  # a file may keep all its tensors in one piece of memory
-    views = {
-        "features.0.weight": shared[:1728].view(64, 3, 3, 3),
-        "features.0.bias": shared[:64],
-        "features.2.weight": shared[:36864].view(64, 64, 3, 3),
-        "features.2.bias": shared[:64],
-    }
-    torch.save(views, tmp_path / "views.pth")
-    of_views = nst.VGG19Features(("relu1_2",), tmp_path / "views.pth")
-    assert size_in_memory(of_views) == size_in_memory(network)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("regions", [0, 2])
+def test_fast_statistics_are_the_plain_ones_in_parts(monkeypatch, dtype, bound, regions):
+    monkeypatch.setattr(nst, "_POSITIONS_AT_ONCE", 7)
+    features = torch.rand(1, 8, 30, 21).to(dtype).requires_grad_()
+    guide = torch.rand(regions, 1, 30, 21) if regions else None
+    found = nst._fast_statistics(features, guide)
+    guides = {"a": guide} if regions else None
+    expected = nst.style_statistics({"a": features.float()}, guides=guides)["a"]
+    upstream = torch.rand_like(expected.gram), torch.rand_like(expected.mean)  # not symmetric
+    for value, target in zip(found, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert relative_error(value, target) < bound
+    (gradient,) = torch.autograd.grad(found, features, upstream)
+    (target,) = torch.autograd.grad(expected, features, upstream)
+    assert relative_error(gradient, target) < bound
 
 
-def test_the_losses_do_not_depend_on_the_scales_of_the_layers(vgg, pictures):
-    """Sources of weights differ in them, and settings mean the same with all sources."""
-    rescaled = copy.deepcopy(vgg)
-    scale = 1.0
-    for number, module in enumerate(rescaled.network):
-        if isinstance(module, nn.Conv2d):  # a ReLU passes the scale of its layer on
-            module.weight /= scale
-            scale = 10.0 ** (number % 5 - 2)
-            module.weight *= scale
-            module.bias *= scale
-    photo, painting = pictures["china"], pictures["starry_night"]
-    trio = photo.flip(3), photo, painting
-    expected, gradient = losses_and_gradient(vgg, *trio)
-    losses, its_gradient = losses_and_gradient(rescaled, *trio)
-    assert losses == pytest.approx(expected, rel=1e-3)
-    assert (its_gradient - gradient).norm() < 1e-2 * gradient.norm()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_fast_statistics_keep_no_copy_of_the_features(layout):
+    """A float32 copy at relu1_1 would be the largest tensor of a run in half precision."""
+    features = torch.rand(1, 8, 6, 5, dtype=torch.bfloat16)
+    features = features.contiguous(memory_format=layout).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = nst._fast_statistics(features)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > 9 * 8}
+    assert storages == {features.untyped_storage().data_ptr()}
+    (gradient,) = torch.autograd.grad(found.gram.sum(), features)
+    assert gradient.is_contiguous(memory_format=layout)
+
+
+def test_strips_keep_less_for_the_gradient(low_strips, vgg, photo):
+    def kept(strips: int) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            image = photo.clone().requires_grad_()
+            vgg.in_strips(strips).look(image, (), TINY.style_layers)
+        return sum(sizes)
+
+    whole, first_in_strips, all_in_strips = (kept(strips) for strips in (0, 1, 5))
+    assert first_in_strips * 1.25 < whole
+    assert all_in_strips * 16 < whole
+
+
+def test_a_copy_in_strips_shares_its_weights_and_leaves_the_network_alone(vgg):
+    network = vgg.in_strips(5)
+    assert (network.strips, vgg.strips) == (5, 0)
+    assert network.network.conv1_1.weight is vgg.network.conv1_1.weight
 
 
 # Half precision -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
-def half(request) -> nst.VGG19Features:
-    return nst.VGG19Features(weights="bundled", dtype=getattr(torch, request.param))
+@pytest.mark.parametrize(
+    ("precision", "factor", "bound"), [("bfloat16", 1, 0.03), ("float16", 64, 0.005)]
+)
+def test_half_precision_sees_the_same_within_its_rounding(vgg, pair, precision, factor, bound):
+    half = nst.load_network(replace(TINY, precision=precision))
+    given = pair[0].flip(3), *pair
+    features, _, losses, gradients = losses_and_gradients(half, *given)
+    full = losses_and_gradients(vgg, *given)
+    for layer, expected in full[0].items():
+        assert features[layer].dtype == half.dtype
+        assert relative_error(factor * features[layer].float(), expected) < bound
+    assert losses == pytest.approx(full[2], rel=bound)
+    for gradient, expected in zip(gradients, full[3], strict=True):
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), expected.flatten(), 0) > 0.97
 
 
-def test_half_precision_sees_what_float32_sees(vgg, half, pair):
-    bound, likeness = {torch.bfloat16: (0.03, 0.97), torch.float16: (0.005, 0.99)}[half.dtype]
-    photo, painting = pair
-    trio = photo.flip(3), photo, painting
-    expected, gradient = losses_and_gradient(vgg, *trio)
-    losses, half_gradient = losses_and_gradient(half, *trio)
-    assert losses == pytest.approx(expected, rel=bound)
-    assert half_gradient.dtype == torch.float32
-    assert half_gradient.isfinite().all()
-    assert F.cosine_similarity(half_gradient.flatten(), gradient.flatten(), 0) > likeness
-
-
-@pytest.mark.slow
-def test_half_precision_paints_the_same_picture(vgg, half, pair):
-    """Rounding moves single strokes, so the pictures are compared blurred, and by their losses."""
-    steps = {torch.bfloat16: 12, torch.float16: 3}[half.dtype]  # a CPU is slow in float16
-    config = replace(TINY, num_steps=steps, scales=1)
-    in_half = last(nst.stylize(*pair, config, network=half))
-    in_full = last(nst.stylize(*pair, config, network=vgg))
-    assert in_half.image.dtype == torch.float32
-    difference = F.avg_pool2d(in_half.image - in_full.image, 4).abs().mean()
-    assert difference < 0.25 * (in_full.image - pair[0]).abs().mean()
-    assert in_half.losses["total"].item() == pytest.approx(in_full.losses["total"].item(), rel=0.1)
-
-
-def test_float16_has_room_for_the_loudest_features(pair):
-    """The bundled network's go up to some 20,000, and float16 ends at 65,504."""
-    network = nst.VGG19Features(weights="bundled", dtype=torch.float16)
-    loud = (pair[1] > 0.5).float()  # as much contrast as a picture can have
-    assert max(features.max() for features in network(loud).values()) < 65_504 / 16
-
-
-# Strips -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("blocks", [1, nst.ALL_BLOCKS])
-@pytest.mark.parametrize("size", [(129, 70), (96, 64), (65, 33), (16, 90)])
-def test_in_strips_the_losses_and_the_gradient_are_the_same(
-    monkeypatch, vgg, pictures, size, blocks
-):
-    """Strips of 16 rows, so that most blocks have several; odd heights, for an odd last one."""
-    monkeypatch.setattr(nst, "STRIP_ROWS", 16)
-    trio = [nst.resize(pictures[name], size) for name in ("chelsea", "china", "starry_night")]
-    expected, gradient = losses_and_gradient(vgg, *trio)
-    losses, its_gradient = losses_and_gradient(vgg, *trio, blocks_in_strips=blocks)
-    assert losses == pytest.approx(expected, rel=1e-4)
-    assert (its_gradient - gradient).norm() < 1e-4 * gradient.norm()
-
-
-@pytest.mark.parametrize("pooling", ["max", "average"])
-@torch.no_grad()
-def test_in_strips_the_features_are_the_same_in_every_layer(monkeypatch, pooling, pictures):
-    monkeypatch.setattr(nst, "STRIP_ROWS", 8)
-    layers = ("relu1_1", "relu1_2", "relu2_2", "relu3_4", "relu4_4")
-    network = nst.VGG19Features(layers, "bundled", pooling)
-    in_strips = network(pictures["china"], blocks_in_strips=nst.ALL_BLOCKS)
-    for layer, features in network(pictures["china"]).items():
-        torch.testing.assert_close(in_strips[layer], features, rtol=1e-4, atol=1e-3)
-
-
-def test_in_strips_nothing_but_the_blocks_outputs_is_kept(monkeypatch, vgg, pictures):
-    monkeypatch.setattr(nst, "STRIP_ROWS", 16)
-
-    def kept(blocks: int) -> int:
-        sizes = []
-
-        def note(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            picture = pictures["china"].clone().requires_grad_()
-            vgg(picture, statistics=nst.STYLE_LAYERS, blocks_in_strips=blocks)
-        return sum(sizes)
-
-    plain, first_in_strips, all_in_strips = (kept(blocks) for blocks in (0, 1, nst.ALL_BLOCKS))
-    assert first_in_strips * 1.25 < plain
-    assert all_in_strips * 4 < plain
-
-
-def test_in_strips_no_piece_of_a_picture_is_higher_than_a_strip_and_its_halo(monkeypatch, vgg):
-    monkeypatch.setattr(nst, "STRIP_ROWS", 16)
-    heights = []
-    hook = vgg.network.get_submodule("conv1_1").register_forward_hook(
-        lambda _, inputs, __: heights.append(inputs[0].shape[2])
-    )
-    vgg(torch.rand(1, 3, 96, 16), blocks_in_strips=1)
-    hook.remove()
-    assert len(heights) == 96 / 16
-    assert max(heights) == 16 + 2 * 2  # two convolutions in the block, both ways
+def test_float16_has_room_for_the_largest_features(weights, pair):
+    network = nst._FastVGG19(weights, ALL_LAYERS, dtype=torch.float16)
+    harsh = (pair[1] > 0.5).float()  # as much contrast as a picture can have
+    assert max(features.max() for features in network(harsh).values()) < 65_504 / 16

@@ -1,0 +1,561 @@
+"""Options: several paintings, regions, luminance, keep, memory, recovery, estimates, devices."""
+
+import math
+import re
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    SHALLOW,
+    TINY,
+    assert_close,
+    break_looks,
+    fail,
+    half_mask,
+    last,
+    mean_change,
+    note_looks,
+    paint,
+    style_loss,
+)
+
+import nst_helpers as nst
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+MPS = torch.device("mps")
+GB = 1e9
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+
+
+@pytest.fixture(scope="module")
+def trio(pictures):
+    """A photo and two paintings."""
+    names = ("chelsea", "starry_night", "stained_glass")
+    return [nst.shrink_to(pictures[name], 64) for name in names]
+
+
+def halves(photo):
+    """A mask for the left half of ``photo``, and one for the right."""
+    return [half_mask(photo.shape[2:], left) for left in (True, False)]
+
+
+def test_only_the_ratio_of_a_blend_counts(shallow, trio):
+    photo, one, other = trio
+    blended = partial(paint, photo, network=shallow)
+    alone, equal = blended(one), blended([one, other], style_blend="equal")
+    assert torch.equal(blended([one, other], style_blend=(7, 0)), alone)
+    assert torch.equal(blended([other, one], style_blend=(0, 1)), alone)
+    assert torch.equal(blended([one, other], style_blend=(2, 2)), equal)
+
+
+# Regions, luminance, keep -------------------------------------------------------------------------
+
+
+def regions(masks, network, **settings):
+    """The regions at the size of the first mask, for as many paintings."""
+    photo = torch.rand(masks[0].shape)
+    config = replace(TINY, num_steps=1, **settings)
+    job = next(nst.stylize(photo, [photo] * len(masks), config, network=network, masks=masks)).job
+    return job.regions_at(job.scales[-1])
+
+
+def test_a_white_mask_changes_nothing(vgg, trio):
+    photo, painting, _ = trio
+    image = paint(photo, painting, vgg, masks=torch.ones(1, 3, 40, 60))
+    assert_close(image, paint(photo, painting, vgg), 2e-3)
+
+
+def test_guides_are_the_masks_by_areas_with_a_mean_square_of_1(vgg):
+    ramp = torch.linspace(0, 1, 30).expand(1, 3, 20, 30)
+    found = regions([half_mask((64, 96)), ramp], vgg)
+    for guide, stride in zip(found.guides.values(), (1, 2, 4, 8), strict=True):
+        assert guide.shape == (2, 1, (64 + 8) // stride, (96 + 8) // stride)
+        torch.testing.assert_close(guide.square().mean((1, 2, 3)), torch.ones(2))
+        assert guide[1, 0, 2].diff()[4 // stride : -4 // stride].min() >= 0
+        left, right = guide[0, 0].chunk(2, 1)
+        assert torch.equal(left[:, :-1], torch.full_like(left[:, :-1], left.max()))
+        assert torch.equal(right[:, 1:], torch.zeros_like(right[:, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("blend", "expected"),
+    [("equal", [1 / 3, 2 / 3]), ((3, 1), [1 / 2, 1 / 3]), ((1, 0), [1 / 3, 0])],
+)
+def test_a_region_counts_by_its_area_and_its_weight(vgg, blend, expected):
+    third = torch.zeros(1, 3, 96, 96)
+    third[..., 64:] = 1
+    shares = regions([third, 1 - third], vgg, style_blend=blend).shares
+    assert shares == pytest.approx(expected, rel=0.1)  # the padding adds a little
+
+
+def test_each_painting_goes_where_its_mask_is_white(vgg, trio):
+    photo, one, other = trio
+    image = paint(photo, [one, other], vgg, masks=halves(photo), num_steps=15, scales=1)
+    left, right = image.chunk(2, 3)
+    assert style_loss(left, one, vgg) < style_loss(right, one, vgg) / 1.3
+    assert style_loss(right, other, vgg) < style_loss(left, other, vgg) / 1.3
+
+
+def test_each_painting_gives_its_palette_where_its_mask_is_white(shallow, trio):
+    photo, one, other = trio
+    in_one, in_other = (nst.match_colors(photo, style).clamp(0, 1) for style in (one, other))
+    left, right = halves(photo)
+    grey = torch.full_like(left, 0.5)
+    for masks, expected in {
+        (left,): torch.where(left > 0, in_one, photo),
+        (grey,): (in_one + photo) / 2,
+        (left, right): torch.where(left > 0, in_one, in_other),
+        (left + right, left + right): (in_one + in_other) / 2,
+    }.items():
+        styles = [one, other][: len(masks)]
+        run = nst.stylize(photo, styles, SHALLOW, network=shallow, masks=masks)
+        torch.testing.assert_close(next(run).job.match_palettes()[0], expected)
+
+
+def test_a_region_that_the_deepest_style_layer_misses_is_refused(vgg, shallow):
+    photo, none = torch.rand(1, 3, 128, 192), torch.zeros(1, 3, 128, 192)
+    small, large, red = none.clone(), none.clone(), none.clone()
+    small[..., 16:20, 16:20] = large[..., 16:32, 16:32] = red[:, 0] = 1
+    run = partial(nst.stylize, photo, [photo, photo], TINY, network=vgg)
+    for mask in (none, small):
+        with pytest.raises(ValueError, match=rf"^masks\[1\].*8 x 8.*{mask.mean():.2%}"):
+            run(masks=[large, mask])
+    for mask in (large, large / 10, red):
+        run(masks=[mask, large])
+    nst.stylize(photo, photo, SHALLOW, network=shallow, masks=small)
+
+
+def chroma(image):
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return image - (image * weights).sum(1, keepdim=True)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("quality", ["quick", "normal"])
+def test_luminance_keeps_the_chroma_of_each_pixel(shallow, trio, optimizer, quality):
+    photo, painting, _ = trio
+    settings = {"color": "luminance", "optimizer": optimizer, "quality": quality}
+    image = paint(photo, painting, shallow, **settings)
+    assert_close(chroma(image), chroma(photo), 1e-6)
+    assert torch.equal(image, image.clamp(0, 1))
+    assert mean_change(image, photo) > 0.01
+
+
+def test_luminance_stays_within_what_each_pixel_can_show(shallow, pair):
+    """The losses are those of the picture that is shown, not of one that is clamped for it."""
+    config = replace(SHALLOW, color="luminance", learning_rate=0.5, scales=1)
+    for step in nst.stylize(*pair, config, network=shallow):
+        assert step.picture.shape[1] == 1
+        assert_close(step.picture, (step.image - chroma(step.image))[:, :1], 1e-6)
+
+
+@pytest.mark.parametrize("color", ["style", "content", "luminance"])
+@pytest.mark.parametrize("quality", ["quick", "normal"])
+def test_a_kept_part_is_the_photo_and_the_rest_is_as_without(shallow, pair, color, quality):
+    photo = pair[0]
+    keep = half_mask(photo.shape[2:])
+    kept = paint(*pair, shallow, keep=keep, color=color, quality=quality)
+    free = paint(*pair, shallow, color=color, quality=quality)
+    assert torch.equal(kept, torch.where(keep == 1, photo, free))
+    assert mean_change(free[keep == 0], photo[keep == 0]) > 0.01
+
+
+def test_keep_may_have_another_size_and_counts_by_the_mean_of_its_channels(shallow, pair):
+    photo = pair[0]
+    large = paint(*pair, shallow, keep=half_mask((86, 128)))
+    assert torch.equal(large[..., :31], photo[..., :31])
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    expected = photo / 3 + paint(*pair, shallow) * 2 / 3
+    assert_close(paint(*pair, shallow, keep=red), expected, 1e-6)
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def bytes_needed(network, size=(512, 512), strips=0, style_size=(16, 16), styles=1, **settings):
+    painting = torch.zeros(1, 3, *style_size)
+    masks = [painting] * settings.pop("masks", 0)
+    config = replace(SHALLOW, **settings)
+    job = nst._OptionsJob(painting, [painting] * styles, config, network, scales=(), masks=masks)
+    return nst._bytes_needed(job, size, strips)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("masks", [False, True])
+def test_strips_give_the_same_picture(monkeypatch, shallow, trio, optimizer, masks):
+    monkeypatch.setattr(nst, "_STRIP_ROWS", 16)
+    photo, *styles = trio
+    settings = {"quality": "normal", "optimizer": optimizer, "masks": halves(photo) * masks}
+    run = partial(paint, photo, styles, shallow, **settings)
+    plain, in_strips = run(checkpoint=False), run(checkpoint=True)
+    assert mean_change(plain, photo) > 0.05
+    # L-BFGS keeps its history in half precision as well.
+    assert mean_change(in_strips, plain) < (1e-5 if optimizer == "adam" else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("quality", "checkpoint", "free", "strips"),
+    [
+        ("quick", "auto", 100 * GB, [0, 0]),
+        ("quick", False, 0.018 * GB, [0, 0]),
+        ("quick", "auto", 0.018 * GB, [0, 5]),
+        ("quick", True, 100 * GB, [5, 5]),
+        ("normal", False, 100 * GB, [0, 1]),
+    ],
+)
+def test_strips_are_used_where_they_are_asked_for_or_memory_is_short(
+    monkeypatch, vgg, pair, quality, checkpoint, free, strips
+):
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: free)
+    looks = note_looks(monkeypatch)
+    config = replace(TINY, quality=quality, checkpoint=checkpoint, num_steps=2)
+    step = last(nst.stylize(*pair, config, network=vgg))
+    assert [scale.strips for scale in step.job.scales] == strips
+    assert [network.strips for network, _, of_canvas in looks if of_canvas] == strips
+
+
+def test_memory_grows_with_pixels_masks_and_history_and_falls_with_strips(shallow):
+    plain = bytes_needed(shallow, optimizer="adam")
+    larger = bytes_needed(shallow, size=(1024, 1024), optimizer="adam")
+    assert larger / plain == pytest.approx(4, rel=0.05)
+    by_masks = [bytes_needed(shallow, styles=n, masks=n, optimizer="adam") for n in (1, 2)]
+    assert by_masks[1] - by_masks[0] == pytest.approx(by_masks[0] - plain) != 0
+    vectors = 2 * 4 * 3 * 4 * 520 * 520  # two for each of four pairs, in float32
+    assert vectors <= bytes_needed(shallow) - plain < 1.5 * vectors
+    assert bytes_needed(shallow, styles=3, optimizer="adam") == plain  # a blend
+    one_block, all_blocks = (bytes_needed(shallow, strips=n, optimizer="adam") for n in (1, 5))
+    assert all_blocks * 2 < one_block < 0.8 * plain
+    half = nst.load_network(replace(SHALLOW, precision="bfloat16"))
+    assert 0.4 * plain < bytes_needed(half, optimizer="adam") < 0.8 * plain
+    # A large painting counts at the size that it is seen at.
+    small, large = (bytes_needed(shallow, (16, 300), style_size=(n, n)) for n in (300, 900))
+    assert small == pytest.approx(large)
+    assert small > 5 * bytes_needed(shallow, (16, 300))
+    doubled = bytes_needed(shallow, (16, 300), style_size=(900, 900), style_scale=2)
+    assert doubled == pytest.approx(4 * large)
+
+
+def plain_photo(width):
+    return torch.full((1, 1, 1, 1), 0.5).expand(1, 3, round(width * 2 / 3), width)
+
+
+@pytest.mark.parametrize("quality", ["quick", "normal", "best"])
+@pytest.mark.parametrize("checkpoint", [False, "auto"])
+def test_a_photo_too_large_for_the_memory_is_refused_with_the_largest_that_fits(
+    monkeypatch, shallow, pair, quality, checkpoint
+):
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: 0.3 * GB)
+    config = replace(SHALLOW, quality=quality, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"^max_size.*0\.3 GB.*3000") as error:
+        nst.stylize(plain_photo(3000), pair[1], config, network=shallow)
+    largest = int(re.search(r"at most (\d+)", str(error.value))[1])
+    nst.stylize(plain_photo(largest - 2), pair[1], config, network=shallow)
+    with pytest.raises(ValueError, match="max_size"):
+        nst.stylize(plain_photo(largest + 3), pair[1], config, network=shallow)
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"^No picture.*0\.0 GB.*cpu"):
+        nst.stylize(*pair, config, network=shallow)
+
+
+def test_what_is_free_depends_on_the_container_the_machine_and_the_device(monkeypatch, tmp_path):
+    assert nst._container_bytes(tmp_path) == math.inf
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_anon 900\ninactive_file 50\nslab 7\n")
+    memory = SimpleNamespace(available=400)
+    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(nst, "Path", lambda folder: tmp_path)
+    for limit, expected in (("1000", 350), ("600", 0), ("2000", 400), ("max", 400)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert nst._free_bytes(CPU) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 16))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
+    assert nst._free_bytes(CUDA) == 5  # with what torch has reserved and does not use
+
+
+def test_glibc_is_asked_to_keep_freed_memory_and_others_are_left_alone(monkeypatch):
+    asked = {"kept": True}
+    glibc = SimpleNamespace(mallopt=asked.__setitem__, malloc_trim=lambda pad: asked.pop("kept"))
+    monkeypatch.setattr(nst.sys, "platform", "linux")
+    monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: glibc)
+    nst._keep_freed_memory(True)
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+    assert asked == {-4: 0, -1: 2**31 - 1, "kept": True}
+    nst._keep_freed_memory(False)
+    assert asked == {-4: 2**16, -1: 2**26, -3: 2**20}
+    monkeypatch.setattr(nst.sys, "platform", "win32")
+    monkeypatch.setattr(nst.ctypes, "CDLL", fail(OSError()))
+    nst._keep_freed_memory(True)
+
+
+# Recovery -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_after_a_nan_in_half_precision_a_run_goes_on_in_float32(monkeypatch, pair, value):
+    half = nst.load_network(replace(SHALLOW, precision="bfloat16"))
+    spoiled = nst.Statistics(torch.full((1, 64, 64), value), torch.ones(1, 64))
+    looks = note_looks(monkeypatch)
+    break_looks(monkeypatch, 4, lambda content, _: (content, {"relu1_1": spoiled}))
+    with pytest.warns(nst.StyleTransferWarning, match=r"4.*bfloat16.*float32.*3") as caught:
+        steps = list(nst.stylize(*pair, replace(SHALLOW, scales=1), network=half))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.job.notes for step in steps[2:4]] == [(), (str(caught[0].message),)]
+    assert steps[3].losses["total"] < steps[2].losses["total"]  # from the picture of step 3
+    assert all(step.image.isfinite().all() for step in steps)
+    dtypes = [network.dtype for network, _, of_canvas in looks if of_canvas]
+    assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 3
+    assert (half.dtype, steps[0].image.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_after_a_nan_in_float32_a_run_ends_with_its_last_picture(monkeypatch, shallow, pair):
+    def spoil_gradient(content, style):
+        content["relu2_1"].register_hook(lambda gradient: gradient * math.nan)
+        return content, style
+
+    break_looks(monkeypatch, 4, spoil_gradient)
+    steps = []
+    with pytest.raises(FloatingPointError, match=r"4.*float32.*3.*learning_rate"):
+        steps.extend(nst.stylize(*pair, SHALLOW, network=shallow))
+    assert [step.number for step in steps] == [1, 2, 3]
+    assert steps[-1].image.isfinite().all()
+
+
+def limit_memory(monkeypatch, is_too_much, in_steps=True):
+    """Let memory run out at looks with ``is_too_much(width, strips)``: at the canvas, or before."""
+    look = nst._FastVGG19.look
+
+    def limited(self, image, *args, **kwargs):
+        if image.requires_grad is in_steps and is_too_much(image.shape[3] - 8, self.strips):
+            raise MemoryError
+        return look(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(nst._FastVGG19, "look", limited)
+
+
+WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+)
+ERRORS = [MemoryError(), torch.cuda.OutOfMemoryError("out of memory"), *map(RuntimeError, WORDS)]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_a_run_goes_on_in_strips(monkeypatch, shallow, pair, error):
+    break_looks(monkeypatch, 4, fail(error))
+    with pytest.warns(nst.StyleTransferWarning, match=r"64 x 42.*checkpoint") as caught:
+        steps = list(nst.stylize(*pair, replace(SHALLOW, scales=1), network=shallow))
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.job.scales[0].strips for step in steps] == [0, 0, 0, 5, 5, 5]
+    assert steps[3].losses["total"] < steps[2].losses["total"]
+    assert [step.job.notes for step in steps[2:4]] == [(), (str(caught[0].message),)]
+
+
+@pytest.mark.parametrize("in_steps", [True, False])
+@pytest.mark.parametrize("width", [24, 48, 96])
+def test_strips_take_over_at_any_scale(monkeypatch, shallow, pictures, width, in_steps):
+    photo = nst.resize(pictures["china"], (64, 96))
+    limit_memory(monkeypatch, lambda w, strips: (w, strips) == (width, 0), in_steps)
+    config = replace(SHALLOW, scales=3, num_steps=13)
+    with pytest.warns(nst.StyleTransferWarning, match=f"{width} x"):
+        steps = list(nst.stylize(photo, pictures["starry_night"], config, network=shallow))
+    assert [step.image.shape[3] for step in steps] == [24] * 10 + [48] * 2 + [96]
+    assert [step.number for step in steps] == list(range(1, 14))
+    assert steps[1].progress < steps[-2].progress < steps[-1].progress == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "width"),
+    [
+        ({"scales": 3}, 36, 25),
+        ({"scales": 3}, 144, 102),
+        ({"scales": 3, "checkpoint": True}, 144, 102),
+        ({"quality": "best", "checkpoint": True}, 216, 144),
+    ],
+)
+def test_where_even_strips_do_not_fit_the_result_is_smaller(
+    monkeypatch, shallow, pictures, settings, limit, width
+):
+    photo, keep = nst.resize(pictures["china"], (96, 144)), half_mask((96, 144))
+    limit_memory(monkeypatch, lambda width, strips: width >= limit)
+    config = replace(SHALLOW, num_steps=13, **settings)
+    run = nst.stylize(photo, pictures["starry_night"], config, network=shallow, keep=keep)
+    with pytest.warns(nst.StyleTransferWarning) as caught:
+        steps = list(run)
+    assert len(caught) == (1 if config.checkpoint is True else 2)
+    assert steps[-1].job.notes == tuple(str(warning.message) for warning in caught)
+    assert [step.number for step in steps] == list(range(1, 14))
+    assert steps[-1].progress == pytest.approx(1)
+    image, kept = steps[-1].image, slice(None, width // 2 - 1)
+    assert f" {image.shape[3]} x {image.shape[2]} " in steps[-1].job.notes[-1]
+    assert image.shape[3] == width
+    assert torch.equal(image[..., kept], nst.resize(photo, image.shape[2:])[..., kept])
+
+
+def test_what_a_failed_step_held_is_free_before_the_run_goes_on(monkeypatch, shallow, pair):
+    """An error holds the frames that it passed through, and they hold the step's tensors."""
+    held = []
+
+    def run_out(content, style):
+        features = torch.zeros(10)
+        held.append(weakref.ref(features))
+        raise MemoryError
+
+    break_looks(monkeypatch, 1, run_out)
+    steps = nst.stylize(*pair, SHALLOW, network=shallow)
+    with pytest.warns(nst.StyleTransferWarning):
+        next(steps)
+    assert held[0]() is None
+
+
+@pytest.mark.filterwarnings("ignore::nst_helpers.StyleTransferWarning")
+@pytest.mark.parametrize(
+    ("error", "message"), [(MemoryError(), r"\d+ x \d+ pixels"), (RuntimeError("shapes"), "shapes")]
+)
+def test_memory_too_short_for_any_size_and_other_errors_end_the_run(
+    monkeypatch, shallow, pair, error, message
+):
+    monkeypatch.setattr(nst._FastVGG19, "look", fail(error))
+    with pytest.raises(type(error), match=message):
+        last(nst.stylize(*pair, SHALLOW, network=shallow))
+
+
+SETTINGS = (
+    {"optimizer": "adam", "color": "luminance", "noise": 0.1, "num_steps": 15},
+    {"num_steps": 13, "scales": 1, "checkpoint": True},
+)
+
+
+def test_threads_take_turns_and_end_with_the_right_pictures(monkeypatch, shallow, pair):
+    look, both_ready, is_locked = nst._FastVGG19.look, threading.Barrier(2), []
+
+    def noted(*args, **kwargs):
+        is_locked.append(nst._STEP_LOCK.locked())
+        return look(*args, **kwargs)
+
+    def run(settings):
+        both_ready.wait()
+        return paint(*pair, shallow, **settings)
+
+    expected = [paint(*pair, shallow, **settings) for settings in SETTINGS]
+    monkeypatch.setattr(nst._FastVGG19, "look", noted)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(torch.equal, pool.map(run, SETTINGS), expected))
+    assert all(is_locked)
+
+
+@pytest.mark.parametrize("end", ["finished", "closed", "failed"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_run_leaves_nothing_behind_however_it_ends(monkeypatch, shallow, pair, end, checkpoint):
+    expected, asked = paint(*pair, shallow), []
+    monkeypatch.setattr(nst, "_keep_freed_memory", asked.append)
+    steps = nst.stylize(*pair, replace(SHALLOW, checkpoint=checkpoint), network=shallow)
+    next(steps)
+    if end == "finished":
+        last(steps)
+    elif end == "closed":
+        steps.close()
+    else:
+        break_looks(monkeypatch, 1, fail(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    assert not nst._STEP_LOCK.locked()
+    assert asked == [not checkpoint, False]
+    assert torch.equal(paint(*pair, shallow), expected)
+
+
+# Estimates, devices, dtypes -----------------------------------------------------------------------
+
+RATE = 1e-6  # seconds per pixel
+
+
+@pytest.mark.parametrize(
+    ("quality", "checkpoint", "slowdowns"),
+    [("quick", False, [1, 1]), ("quick", True, [2.2, 2.2]), ("normal", False, [1, 1.15])],
+)
+def test_the_estimate_adds_up_the_scales(monkeypatch, shallow, quality, checkpoint, slowdowns):
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: 8 * GB)
+    monkeypatch.setattr(nst, "paint", fail(AssertionError("a picture was painted")))
+    config = replace(SHALLOW, quality=quality, checkpoint=checkpoint, num_steps=40)
+    photo = plain_photo(300)
+    found = nst.estimate(photo, photo, config, shallow, seconds_per_pixel=RATE)
+    expected = 0
+    for scale, slowdown in zip(nst.plan_scales((200, 300), config), slowdowns, strict=True):
+        height, width = scale.size
+        expected += slowdown * RATE * (scale.steps + 1) * (height + 8) * (width + 8)
+    assert found.seconds == pytest.approx(expected)
+    strips = {1: 0, 2.2: 5, 1.15: 1}[slowdown]
+    memory = bytes_needed(shallow, scale.size, strips, (200, 300), quality=quality)
+    assert found[1:] == (memory, 8 * GB, RATE)
+
+
+def test_the_estimate_times_the_fastest_of_a_few_small_steps(monkeypatch, shallow, pictures):
+    clock = [0.0]
+    speeds = iter([100, 5, 1, 3])  # the first steps of a process are slow
+    look = nst._FastVGG19.look
+
+    def tick(self, image, *args, **kwargs):
+        if image.requires_grad:
+            clock[0] += next(speeds) * RATE * (192 + 8) * (128 + 8)
+        return look(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(nst._FastVGG19, "look", tick)
+    monkeypatch.setattr(nst.time, "perf_counter", lambda: clock[0])
+    found = nst.estimate(plain_photo(900), pictures["starry_night"], SHALLOW, shallow)
+    assert found.seconds_per_pixel == pytest.approx(RATE)
+
+
+def have_devices(monkeypatch, gpus=0, mps=False, capability=(8, 0)):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def test_auto_is_cuda_else_mps_else_the_cpu_and_a_device_must_be_there(monkeypatch, pair):
+    for gpus, mps, expected in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
+        have_devices(monkeypatch, gpus, mps)
+        assert nst._pick_device("auto") == torch.device(expected)
+        assert nst._pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match=r"^device.*'cpu'.*'cuda'"):
+        nst.stylize(*pair, replace(SHALLOW, device="cuda"))
+    have_devices(monkeypatch, gpus=2)
+    assert nst._pick_device("cuda:1") == torch.device("cuda:1")
+    for device in ("cuda:2", "mps"):
+        with pytest.raises(ValueError, match=f"^device.*'cuda:1'.*'{device}'"):
+            nst._pick_device(device)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), "float32"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_precision_on_a_gpu_is_what_its_tensor_cores_have(monkeypatch, capability, expected):
+    have_devices(monkeypatch, 1, capability=capability)
+    assert nst._pick_dtype("auto", CUDA) == getattr(torch, expected)
+    assert nst._pick_dtype("float16", CUDA) == torch.float16
+    for device in (MPS, CUDA) if capability < (8, 0) else (MPS,):
+        with pytest.raises(ValueError, match=rf"^precision.*'float16'.*{device}.*'bfloat16'"):
+            nst._pick_dtype("bfloat16", device)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 0.99, 2])
+def test_auto_precision_on_a_cpu_is_bfloat16_if_that_is_clearly_faster(monkeypatch, seconds):
+    taken = {torch.float32: 1.0, torch.bfloat16: seconds}
+    monkeypatch.setattr(
+        nst.timeit, "repeat", lambda convolve, **_: [9.0, taken[convolve.args[0].dtype], 9.0]
+    )
+    monkeypatch.setattr(nst, "_bfloat16_is_faster", nst._bfloat16_is_faster.__wrapped__)  # uncached
+    expected = torch.bfloat16 if seconds < 0.8 else torch.float32
+    assert nst._pick_dtype("auto", CPU) == expected
+    assert nst._pick_dtype("auto", MPS) == torch.float32

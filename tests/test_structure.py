@@ -1,0 +1,64 @@
+"""The module reads from top to bottom: whatever a line names is defined above it."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+import nst_helpers as nst
+
+SOURCE = (ROOT / "nst_helpers.py").read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+# Part II's public entry makes a network where none is given; reading weights is part III's work.
+HANDED_OVER = {("_make_job", "load_network")}
+LONGEST_FUNCTION = 40  # lines, without its docstring
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    """The names that a statement of the module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    names = [name for target in targets if target is not None for name in ast.walk(target)]
+    return [name.id for name in names if isinstance(name, ast.Name)]
+
+
+def used_names(node: ast.stmt) -> set[str]:
+    """All names in a statement, quoted annotations included."""
+    names = {found.id for found in ast.walk(node) if isinstance(found, ast.Name)}
+    quoted = {found.value for found in ast.walk(node) if isinstance(found, ast.Constant)}
+    return names | {text for text in quoted if isinstance(text, str) and text.isidentifier()}
+
+
+LINES = {name: node.lineno for node in TREE.body for name in defined_names(node)}
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+
+
+def test_nothing_is_named_above_its_definition():
+    early = {
+        (getattr(node, "name", "?"), name)
+        for node in TREE.body
+        for name in used_names(node)
+        if LINES.get(name, 0) > node.lineno and not defined_names(node) == ["__all__"]
+    }
+    assert early == HANDED_OVER
+
+
+def test_the_four_parts_come_in_order():
+    banners = re.findall(r"^# (I|II|III|IV)\. ", SOURCE, re.MULTILINE)
+    assert banners == ["I", "II", "III", "IV"]
+
+
+def test_every_name_is_public_or_has_an_underscore():
+    public = {name for name in LINES if not name.startswith("_")}
+    assert public == set(nst.__all__)
+    assert nst.__all__ == sorted(nst.__all__)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
+def test_functions_are_short(function):
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    assert lines <= LONGEST_FUNCTION
