@@ -180,7 +180,10 @@ def _text(allowed: str, pattern: str) -> _Rule:
 
 
 def _word_or(word: str, rule: _Rule) -> _Rule:
-    return _Rule(f"{word!r} or {rule.allowed}", lambda value: value == word or rule.accepts(value))
+    def accepts(value: Any) -> bool:
+        return value == word if isinstance(value, str) else rule.accepts(value)
+
+    return _Rule(f"{word!r} or {rule.allowed}", accepts)
 
 
 def _are_layers(value: Any) -> bool:
@@ -207,7 +210,8 @@ def _shown(value: object) -> str:
     """A value as an error message shows it: on one line, and not too long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _check(name: str, value: object, rule: _Rule) -> None:

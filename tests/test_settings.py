@@ -7,6 +7,7 @@ from math import inf, nan
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 import nst_helpers as nst
@@ -65,6 +66,14 @@ BAD_VALUES = {
     "noise": [-0.1],
     "seed": [-1, 2**63],
 }
+
+
+def test_a_long_value_is_cut_but_not_hidden():
+    with pytest.raises(ValueError, match=r"^weights .*abcabc") as caught:
+        nst.StyleTransferConfig(weights=b"abc" * 999)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match=r"^style_blend .*\(2,\)"):
+        nst.StyleTransferConfig(style_blend=torch.ones(2))
 
 
 def each(values: dict[str, list]) -> list[tuple]:

@@ -40,7 +40,7 @@ def test_nothing_is_named_above_its_definition():
         (getattr(node, "name", "?"), name)
         for node in TREE.body
         for name in used_names(node)
-        if LINES.get(name, 0) > node.lineno and not defined_names(node) == ["__all__"]
+        if LINES.get(name, 0) > node.lineno and defined_names(node) != ["__all__"]
     }
     assert early == HANDED_OVER
 

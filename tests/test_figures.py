@@ -1,0 +1,394 @@
+"""What cells of the notebook draw: figures, live progress and sweeps."""
+
+import base64
+import io
+import math
+import re
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import SHALLOW, break_looks, fail, half_mask, last
+from IPython.core.interactiveshell import InteractiveShell
+from PIL import Image
+
+import nst_helpers as nst
+
+QUICK = replace(SHALLOW, num_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures():
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
+def titles() -> list[str]:
+    """Of the pictures in the one figure that was drawn."""
+    (number,) = plt.get_fignums()
+    return [ax.get_title() for ax in plt.figure(number).axes if ax.images]
+
+
+def files_on(page: str) -> list[bytes]:
+    """The files that some HTML holds."""
+    return [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', page)]
+
+
+def pictures_on(page: str) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(data)) for data in files_on(page)]
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def test_pictures_stand_side_by_side_under_their_titles():
+    wide, tall = torch.rand(1, 3, 20, 40), torch.rand(1, 3, 40, 20)
+    nst.show_images({"wide": wide, "tall": tall})
+    assert titles() == ["wide", "tall"]
+    first, second = plt.gcf().axes
+    assert first.get_gridspec().get_geometry() == (1, 2)
+    assert (first.images[0].get_array() == nst.to_pil(wide)).all()
+    assert (second.images[0].get_array() == nst.to_pil(tall)).all()
+    assert "wide; tall" in plt.gcf().get_label()
+
+
+def test_the_last_row_may_be_short():
+    nst.show_images({name: torch.rand(1, 3, 20, 30) for name in "abcde"}, columns=2)
+    assert titles() == list("abcde")
+    assert plt.gcf().axes[0].get_gridspec().get_geometry() == (3, 2)
+
+
+def test_maps_share_one_scale_even_beside_a_picture():
+    maps = {"a": torch.full((2, 2), 1.0), "b": torch.full((2, 2), 4.0, dtype=torch.bfloat16)}
+    nst.show_images(maps | {"picture": torch.rand(1, 3, 4, 4)})
+    one, other, picture = (ax.images[0] for ax in plt.gcf().axes)
+    assert one.norm is other.norm
+    assert one.norm.vmax == 4
+    assert picture.get_array().shape == (4, 4, 3)
+
+
+def test_the_liveliest_channels_come_first_under_their_numbers():
+    features = torch.rand(1, 5, 8, 8) * torch.tensor([3, 0, 5, 1, 4]).view(1, 5, 1, 1)
+    maps = nst.liveliest_channels(features.bfloat16(), "relu1_1", count=3)
+    assert [title.split()[-1] for title in maps] == ["2", "4", "0"]
+    first, *_ = maps.values()
+    assert torch.equal(first, features.bfloat16()[0, 2].float())
+
+
+def test_losses_are_drawn_on_a_log_scale():
+    history = [{"style": torch.tensor(1 / n), "total": torch.tensor(2 / n)} for n in (1, 2, 4)]
+    nst.plot_losses(history)
+    ax = plt.gca()
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert drawn == {"style": [1, 0.5, 0.25], "total": [2, 1, 0.5]}
+    assert [list(line.get_xdata()) for line in ax.lines] == [[1, 2, 3]] * 2
+    assert ax.get_yscale() == "log"
+    assert "style from 1 to 0.25" in plt.gcf().get_label()
+
+
+def test_losses_are_drawn_on_the_given_figure():
+    figure = plt.Figure()
+    nst.plot_losses([{"total": torch.tensor(1.0)}], figure)
+    assert len(figure.axes) == 1
+    assert plt.get_fignums() == []
+
+
+def test_a_loss_of_zero_leaves_a_gap_and_stays_as_it_is():
+    history = [{"content": torch.tensor(0.0)}, {"content": torch.tensor(0.5)}]
+    nst.plot_losses(history)
+    first, second = plt.gca().lines[0].get_ydata()
+    assert math.isnan(first)
+    assert second == 0.5
+    assert history[0]["content"] == 0
+
+
+def test_an_empty_history_is_refused():
+    with pytest.raises(ValueError, match="history"):
+        nst.plot_losses([])
+    assert plt.get_fignums() == []
+
+
+def test_figures_of_the_notebook_have_alt_text(monkeypatch, tmp_path):
+    shell = InteractiveShell(ipython_dir=str(tmp_path))
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
+    monkeypatch.setattr(InteractiveShell, "_instance", shell)
+    nst.set_up_notebook()
+    figure = plt.Figure((3, 2), dpi=100)
+    figure.set_label('two "lines"')
+    figure.subplots().plot([1, 2])
+    data, _ = shell.display_formatter.format(figure)
+    assert {*data} == {"text/plain", "text/html", "image/jpeg"}  # for pages with and without HTML
+    assert 'alt="two &quot;lines&quot;"' in data["text/html"]
+    (picture,) = pictures_on(data["text/html"])
+    assert picture.size == (300, 200)
+
+
+def test_a_film_on_a_page_is_the_file_itself(tmp_path):
+    film = nst.save_timelapse([torch.zeros(1, 3, 16, 24), torch.ones(1, 3, 16, 24)], tmp_path)
+    assert files_on(nst.film_tag(film)) == [film.read_bytes()]
+    assert "data:image/webp;" in nst.film_tag(film)
+
+
+@pytest.mark.parametrize(("size", "width"), [((32, 64), 200), ((64, 32), 100), ((600, 900), 200)])
+def test_before_and_after_has_the_result_on_top_of_the_photo(size, width):
+    photo, result = torch.zeros(1, 3, 64, 96), torch.ones(1, 3, *size)
+    page = nst.before_and_after(photo, result, side=200)
+    below, above = pictures_on(page)
+    assert nst.load_image(below).mean() < 0.02
+    assert nst.load_image(above).mean() > 0.98
+    assert below.size == above.size
+    assert max(above.size) == min(200, max(size))  # never heavier than it looks
+    first, second, slider = re.findall(r"<(?:img|input)[^>]*>", page)
+    assert f"width: {width}px" in first
+    assert f"width: {width}px" in second
+    assert "clip-path" in second
+    assert "clip-path" not in first
+    assert "previousSibling" in slider  # which is the result: nothing stands between
+    assert f"{second}{slider}" in page
+
+
+def test_a_close_up_is_the_middle_at_twice_its_size():
+    image = torch.zeros(1, 3, 100, 200)
+    image[:, :, 30:70, 80:120] = 1
+    page = nst.close_up(image, side=40)
+    (picture,) = pictures_on(page)
+    assert picture.size == (40, 40)
+    assert nst.load_image(picture).min() > 0.98
+    assert "width: 80px" in page
+    (whole,) = pictures_on(nst.close_up(image, side=400))
+    assert whole.size == (200, 100)
+
+
+# Live progress ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that stands still until it is moved."""
+    now = [100.0]
+    monkeypatch.setattr(nst.time, "monotonic", lambda: now[0])
+    return now
+
+
+def steps_of(count, clock, seconds=0.0, total=None, progress=None):
+    """Steps that take ``seconds`` each."""
+    total = total or count
+    image = torch.rand(1, 3, 40, 64)
+    for number in range(1, count + 1):
+        clock[0] += seconds
+        losses = {"style": torch.tensor(1 / number), "total": torch.tensor(2.0)}
+        yield nst.Step(number, total, progress or number / total, image, losses, image, None)
+
+
+def watch(steps) -> list[str]:
+    """The lines that ``watch`` shows of all ``steps``."""
+    lines = []
+    list(nst.watch(steps, lambda page, line: lines.append(line)))
+    return lines
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 0.7])
+def test_progress_is_drawn_once_a_second_at_most(clock, seconds):
+    drawn = watch(steps_of(12, clock, seconds))
+    assert 12 * seconds / (1 + seconds) <= len(drawn) <= 12 * seconds + 2
+
+
+def test_a_slow_page_takes_less_than_3_percent_of_the_time(clock):
+    drawn = []
+
+    def show(page, line):
+        drawn.append(line)
+        clock[0] += 0.5  # seconds that the page takes
+
+    assert len(list(nst.watch(steps_of(400, clock, 0.1), show))) == 400
+    assert len(drawn) >= 3
+    assert 0.5 * (len(drawn) - 1) / (clock[0] - 100) < 0.03
+
+
+def test_a_page_has_the_picture_the_losses_and_the_progress(clock):
+    shown = []
+    for step in nst.watch(steps_of(6, clock, 2.0), lambda *page: shown.append(page)):
+        if step.number == 4:  # by now the third one is drawn
+            page, line = shown[-1]
+            break
+    assert re.fullmatch(r"step 3 of 6, 64 x 40 pixels \|.*\| 00:06, 00:06 left", line)
+    picture, losses = pictures_on(page)
+    assert picture.size == (64, 40)
+    assert losses.width > 200
+    assert line in page
+    assert shown[-1][1].startswith("step 4 of 6")  # the loop was left: its last picture
+    assert shown[-1][1].endswith("stopped")
+
+
+def test_the_time_left_depends_on_the_work_that_is_done(clock):
+    first, *_ = watch(steps_of(1, clock, 20, total=2, progress=0.2))
+    assert "00:20, 01:20 left" in first
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_breaks_off_shows_its_last_picture_and_raises(clock, error):
+    def steps():
+        yield from steps_of(4, clock, total=6)
+        raise error
+
+    shown = []
+    with pytest.raises(error):
+        list(nst.watch(steps(), lambda page, line: shown.append(line)))
+    assert len(shown) == 2  # the first, and the last
+    assert shown[-1].startswith("step 4 of 6")
+    assert shown[-1].endswith("stopped")
+
+
+def test_a_run_ends_with_its_last_picture(clock):
+    *_, line = watch(steps_of(6, clock))
+    assert line.startswith("step 6 of 6")
+    assert line.endswith("done")
+    assert watch(iter(())) == []
+
+
+def test_outside_a_notebook_lines_are_printed(clock, capsys):
+    list(nst.watch(steps_of(6, clock, 1.5), nst.live_view()))
+    live = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in live[-7:]] == ["step 1", "step 2", "step 3"] + [
+        f"step {number}" for number in (4, 5, 6, 6)
+    ]
+    list(nst.watch(steps_of(1, clock)))
+    assert capsys.readouterr().out.startswith("step 1 of 1")
+
+
+class Handle:
+    """Stands for what ``IPython.display.display`` gives: notes what is shown in its place."""
+
+    def __init__(self):
+        self.shown = []
+
+    def update(self, data, raw):
+        assert raw
+        self.shown.append(data)
+
+
+def test_a_live_view_is_one_place_that_is_drawn_over(monkeypatch, clock):
+    handle = Handle()
+    displayed = iter([handle])
+    monkeypatch.setattr(nst, "display", lambda display_id: next(displayed))
+    show = nst.live_view()
+    assert len(handle.shown) == 1  # something is there before the first step
+    list(nst.watch(steps_of(3, clock, 2.0), show))
+    assert len(handle.shown) == 5  # each step, and the end
+    assert handle.shown[-1]["text/plain"].startswith("step 3 of 3")
+    assert len(files_on(handle.shown[-1]["text/html"])) == 2
+
+
+# Sweeps -------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_paints_and_draws_every_combination(shallow, pair, capsys):
+    sheet = nst.sweep(*pair, QUICK, shallow, style_weight=(3, 300), tv_weight=(0, 2, 50))
+    values = [(style, tv) for style in (3, 300) for tv in (0, 2, 50)]
+    assert list(sheet) == [f"style_weight = {s}, tv_weight = {t}" for s, t in values]
+    for (style_weight, tv_weight), image in zip(values, sheet.values(), strict=True):
+        config = replace(QUICK, style_weight=style_weight, tv_weight=tv_weight)
+        assert torch.equal(image, last(nst.stylize(*pair, config, network=shallow)).image)
+    assert titles() == list(sheet)
+    assert plt.gcf().axes[0].get_gridspec().get_geometry() == (2, 3)
+    printed = capsys.readouterr()
+    assert all(f"{label}: |" in printed.out for label in sheet)
+    assert printed.err == ""
+
+
+def test_a_sweep_of_sizes_paints_each_size(shallow, pair):
+    sheet = nst.sweep(*pair, QUICK, shallow, max_size=(32, 64))
+    assert [max(image.shape) for image in sheet.values()] == [32, 64]
+
+
+def test_every_run_of_a_sweep_has_the_masks_and_the_start(shallow, pair, pictures):
+    photo, painting = pair
+    size = photo.shape[2:]
+    masks = [half_mask(size), half_mask(size, left=False)]
+    given = {"masks": masks, "keep": half_mask(size), "start": 1 - photo}
+    paintings = [painting, nst.shrink_to(pictures["stained_glass"], 64)]
+    sheet = nst.sweep(photo, paintings, QUICK, shallow, **given, style_weight=(3, 300))
+    for style_weight, image in zip((3, 300), sheet.values(), strict=True):
+        config = replace(QUICK, style_weight=style_weight)
+        expected = last(nst.stylize(photo, paintings, config, network=shallow, **given))
+        assert torch.equal(image, expected.image)
+
+
+@pytest.mark.parametrize(("at_step", "count"), [(1, 0), (4, 2), (5, 2), (6, 3)])
+def test_a_stopped_sweep_draws_what_has_been_painted(monkeypatch, shallow, pair, at_step, count):
+    done = last(nst.stylize(*pair, replace(QUICK, style_weight=3), network=shallow))
+    break_looks(monkeypatch, at_step, fail(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        nst.sweep(*pair, QUICK, shallow, style_weight=(3, 30, 300))
+    assert len(plt.get_fignums()) == (count > 0)
+    if count > 0:
+        assert titles() == [f"style_weight = {value}" for value in (3, 30, 300)[:count]]
+        assert (plt.gcf().axes[0].images[0].get_array() == nst.to_pil(done.image)).all()
+
+
+def test_a_sweep_without_a_network_loads_one_for_each_run(pair):
+    sheet = nst.sweep(*pair, QUICK, pooling=("max", "average"))
+    for pooling, image in zip(("max", "average"), sheet.values(), strict=True):
+        expected = last(nst.stylize(*pair, replace(QUICK, pooling=pooling)))
+        assert torch.equal(image, expected.image)
+
+
+@pytest.mark.parametrize("control", nst._CONTROL_VALUES)
+def test_every_control_has_values_for_small_quick_runs(monkeypatch, shallow, pair, control):
+    swept = []
+
+    def sweep(content, style, config, network, **values):
+        swept.extend(replace(config, **{control: value}) for value in values.pop(control))
+        assert values == {}
+        return {}
+
+    monkeypatch.setattr(nst, "sweep", sweep)
+    slow = replace(QUICK, num_steps=10**6, max_size=4096, quality="best")
+    nst.sweep_control(control, *pair, slow, shallow)
+    assert len(set(swept)) == len(swept) >= 2
+    assert {(config.max_size, config.quality) for config in swept} == {(256, "quick")}
+    assert all(config.num_steps != 10**6 for config in swept)
+
+
+def test_a_sweep_of_pooling_paints_a_small_copy_with_networks_of_its_own(shallow, pictures):
+    photo = nst.resize(pictures["china"], (32, 300))
+    sheet = nst.sweep_control("pooling", photo, pictures["starry_night"], QUICK, shallow)
+    assert [tuple(image.shape) for image in sheet.values()] == [(1, 3, 27, 256)] * 2
+
+
+def test_an_unknown_control_is_refused(pair, shallow):
+    with pytest.raises(ValueError, match=r"control .*'strokes'"):
+        nst.sweep_control("strokes", *pair, QUICK, shallow)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "match"),
+    [
+        ({"style_weight": (1, -1)}, ValueError, "style_weight .*-1"),
+        ({"style_weight": 3}, ValueError, "style_weight .*3"),
+        ({"style_weight": "30"}, ValueError, "style_weight .*'30'"),
+        ({"style_weight": ()}, ValueError, r"style_weight .*\(\)"),
+        ({"color": ("style", "sepia")}, ValueError, "color .*'sepia'"),
+        ({"style_blend": ((1,), (1, 2))}, ValueError, r"style_blend .*\(1, 2\)"),
+        ({"device": ("cpu", "cuda:99")}, ValueError, "device .*cuda:99"),
+        ({}, ValueError, "sweep .*none"),
+        ({"seed": (1,), "noise": (0,), "tv_weight": (1,)}, ValueError, "seed, noise, tv_weight"),
+        ({"stile_weight": (3, 30)}, TypeError, "stile_weight"),
+        ({"weights": ("bundled", "no such.pth")}, FileNotFoundError, "weights .*no such.pth"),
+    ],
+)
+def test_a_bad_value_is_refused_before_the_first_run(monkeypatch, pair, values, error, match):
+    break_looks(monkeypatch, 1, fail(AssertionError("a run was started")))
+    with pytest.raises(error, match=match):
+        nst.sweep(*pair, QUICK, **values)
+    assert plt.get_fignums() == []
+
+
+def test_a_wrong_network_or_picture_is_refused_before_the_first_run(monkeypatch, shallow, pair):
+    break_looks(monkeypatch, 1, fail(AssertionError("a run was started")))
+    with pytest.raises(ValueError, match=r"network .*max"):
+        nst.sweep(*pair, QUICK, shallow, pooling=("max", "average"))
+    with pytest.raises(ValueError, match=r"content .*cat.jpg"):
+        nst.sweep("cat.jpg", pair[1], QUICK, shallow, style_weight=(3, 30))
