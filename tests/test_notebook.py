@@ -131,8 +131,8 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     assert [path.suffix for path in saved.parent.iterdir() if path != saved] == [".webp"]
     record = record_in(saved)
     assert record["finished"]
-    assert record["photo"]["sha256"] == sha256(IMAGES / "chelsea.png")
-    assert record["paintings"][0]["sha256"] == sha256(IMAGES / "stained_glass.jpg")
+    assert record["photo"] == sha256(IMAGES / "chelsea.png")
+    assert record["paintings"][0] == sha256(IMAGES / "stained_glass.jpg")
     for part in ("nst.sweep_control(", "keep=pagoda"):
         (cell,) = [
             cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if part in cell.source
@@ -189,5 +189,5 @@ def test_in_colab_the_notebook_alone_asks_for_what_is_missing_and_downloads_the_
     calls = (package / "log").read_text().split()
     assert calls == ["upload"] * 3 + [f"download:{saved.relative_to(content)}"]
     record = record_in(saved)
-    assert record["photo"]["sha256"] == sha256(IMAGES / "chelsea.png")
-    assert record["paintings"][0]["sha256"] == sha256(IMAGES / "stained_glass.jpg")
+    assert record["photo"] == sha256(IMAGES / "chelsea.png")
+    assert record["paintings"][0] == sha256(IMAGES / "stained_glass.jpg")

@@ -2,9 +2,8 @@
 
 import re
 import shutil
-import sys
+import sysconfig
 from dataclasses import fields
-from pathlib import Path
 
 from conftest import README, ROOT
 
@@ -24,7 +23,7 @@ def test_its_code_runs(monkeypatch, tmp_path):
 
 
 def test_its_commands_exist():
-    folder = Path(sys.executable).parent
+    folder = sysconfig.get_path("scripts")
     commands = {*re.findall(r"\.venv/bin/([\w-]+)", README)}
     assert [name for name in commands if not shutil.which(name, path=folder)] == []
 
@@ -36,7 +35,6 @@ def test_its_settings_table_is_the_config():
 
 
 def test_the_files_it_links_to_and_names_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)|(?:src|srcset)=\"([^\":]+)\"", README)
-    named = {first or second for first, second in links}
-    named |= {*re.findall(r"\b(?:images|tests)/[\w/]+\.\w+\b", README)}
+    linked = re.findall(r"\]\(([^)#:]+)\)|(?:src|srcset)=\"([^\":]+)\"", README)
+    named = {*sum(linked, ()), *re.findall(r"\b(?:images|tests)/[\w/]+\.\w+\b", README)}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
