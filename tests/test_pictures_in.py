@@ -1,4 +1,4 @@
-"""Pictures in: every format, mode and orientation comes in right; damage is refused by name."""
+"""Pictures in: every format, mode and orientation comes in right; damage is refused."""
 
 import io
 import struct
@@ -6,11 +6,10 @@ import warnings
 import zlib
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import fail
-from PIL import Image, ImageCms, ImageOps, features
+from conftest import IMAGES, assert_close, fail
+from PIL import Image, ImageCms, features
 
 import nst_helpers as nst
 
@@ -29,7 +28,7 @@ UNDO = {
     8: Image.Transpose.ROTATE_270,
 }
 MODES = {
-    "JPEG": ("L", "RGB", "CMYK", "YCCK"),
+    "JPEG": ("L", "RGB", "CMYK"),
     "PNG": ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16"),
     "WEBP": ("RGB", "RGBA"),
     "GIF": ("1", "L", "P", "animated"),
@@ -66,10 +65,6 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
         picture = picture.convert("P")
         picture.info["transparency"] = picture.getpixel((0, 0))
         return picture
-    if mode == "YCCK":  # Pillow writes CMYK as it is; see `encoded`
-        *colors, black = picture.convert("CMYK").split()
-        ycc = Image.merge("RGB", colors).convert("YCbCr")
-        return Image.merge("CMYK", [*map(ImageOps.invert, ycc.split()), black])
     return picture.convert("RGB" if mode == "animated" else mode)
 
 
@@ -83,12 +78,7 @@ def encoded(picture: Image.Image, kind: str = "PNG", mode: str = "RGB", **option
     if mode == "PA":
         options["transparency"] = picture.info["transparency"]
     picture.save(file, "PNG" if kind == "APNG" else kind, **options)
-    data = file.getvalue()
-    if mode == "YCCK":
-        flag = data.index(b"Adobe") + 11  # of Adobe's marker: 0 is CMYK, 2 is YCCK
-        assert data[flag] == 0
-        data = data[:flag] + b"\2" + data[flag + 1 :]
-    return data
+    return file.getvalue()
 
 
 def corners(image: torch.Tensor) -> torch.Tensor:
@@ -103,14 +93,7 @@ def expected_corners(mode: str) -> torch.Tensor:
     return torch.stack([WHITE, GREEN, BLUE, WHITE]) if mode == "PA" else colors
 
 
-def assert_one_sentence(error: Exception, name: str) -> None:
-    text = str(error)
-    assert text.startswith(name), text
-    assert "\n" not in text
-    assert len(text) < 1000
-
-
-# Formats, modes, orientations -------------------------------------------------------------------
+# Formats, modes, orientations ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "mode"), CASES)
@@ -122,14 +105,14 @@ def test_every_format_and_mode_comes_in_with_its_colours(kind, mode):
         assert set(image.unique().tolist()) == {0, 1}
         assert (corners(image)[3] == 1).all()
     else:
-        torch.testing.assert_close(corners(image), expected_corners(mode), atol=0.1, rtol=0)
+        assert_close(corners(image), expected_corners(mode), atol=0.1)
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "La", "RGBa"])
-def test_a_picture_in_a_mode_that_no_file_has_comes_in_too(mode):
+def test_modes_that_only_pillow_has_come_in_too(mode):
     between = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
     image = nst.load_image(four_corners().convert(between).convert(mode))
-    torch.testing.assert_close(corners(image), expected_corners(mode), atol=0.1, rtol=0)
+    assert_close(corners(image), expected_corners(mode), atol=0.1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -145,11 +128,10 @@ def test_every_format_and_orientation_comes_in_upright(kind, orientation):
             continue
         image = nst.load_image(encoded(stored, kind, mode, exif=exif.tobytes()))
         assert image.shape == (1, 3, 48, 64), mode
-        expected = expected_corners(mode)
-        torch.testing.assert_close(corners(image), expected, atol=0.1, rtol=0, msg=mode)
+        assert_close(corners(image), expected_corners(mode), atol=0.1)
 
 
-def test_an_odd_exif_tag_is_no_reason_to_refuse_a_photo():
+def test_a_photo_with_an_odd_exif_tag_comes_in_upright():
     odd = struct.pack("<HHI4s", 0x0100, 2, 4, b"odd")  # ImageWidth as text, not as a number
     turned = struct.pack("<HHIHH", ORIENTATION, 3, 1, 3, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + turned + struct.pack("<I", 0)
@@ -168,18 +150,18 @@ def test_more_than_8_bits_are_scaled_and_not_cut_off(mode):
     picture = Image.fromarray(in_numbers[mode])
     assert picture.mode == mode
     expected = torch.tensor(ramp, dtype=torch.float32).expand(1, 3, 64, 64)
-    torch.testing.assert_close(nst.load_image(picture), expected, atol=1 / 500, rtol=0)
+    assert_close(nst.load_image(picture), expected, atol=1 / 500)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white(mode):
+def test_a_transparent_picture_is_put_on_white(mode):
     clear_black = Image.new("RGBA", (20, 20), (0, 0, 0, 0)).convert(mode)
     assert nst.load_image(clear_black).min() == 1
     half_black = Image.new("RGBA", (20, 20), (0, 0, 0, 128)).convert(mode)
     assert nst.load_image(half_black).mean() == pytest.approx(0.5, abs=0.01)
 
 
-# Sources, sizes, devices ------------------------------------------------------------------------
+# Sources, sizes, devices --------------------------------------------------------------------------
 
 
 def test_a_path_its_text_its_bytes_and_the_picture_give_the_same_tensor(tmp_path):
@@ -188,13 +170,6 @@ def test_a_path_its_text_its_bytes_and_the_picture_give_the_same_tensor(tmp_path
     expected = nst.load_image(path)
     for source in (str(path), path.read_bytes(), four_corners(), Image.open(path)):
         assert torch.equal(nst.load_image(source), expected)
-
-
-def test_a_path_in_the_home_folder_may_begin_with_a_tilde(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    four_corners().save(tmp_path / "picture.png")
-    assert nst.load_image("~/picture.png").shape == (1, 3, 48, 64)
 
 
 @pytest.mark.parametrize(
@@ -219,32 +194,7 @@ def test_resizing_is_lanczos():
     assert torch.equal(nst.load_image(noise, 32), expected)
 
 
-def test_a_picture_goes_to_the_device_that_is_named():
-    assert nst.load_image(four_corners(), device="cpu").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="device") as error:
-        nst.load_image(four_corners(), device="gpu")
-    assert "'gpu'" in str(error.value)
-
-
-def test_a_tensor_is_resized_within_its_range():
-    checks = torch.tensor([[0.0, 1], [1, 0]]).repeat(12, 12).expand(1, 3, 24, 24)
-    larger = nst.resize(checks, (50, 70))
-    assert larger.shape == (1, 3, 50, 70)
-    assert larger.min() == 0  # bicubic leaves the range at such edges
-    assert larger.max() == 1
-    assert nst.resize(checks, (12, 12)).std() < 0.1  # antialiased: grey, and no checkerboard
-    assert torch.equal(nst.resize(checks, (24, 24)), checks)
-
-
-@pytest.mark.parametrize(
-    ("size", "long_side", "expected"),
-    [((100, 200), 50, (25, 50)), ((100, 200), 300, (100, 200)), ((20, 400), 100, (16, 320))],
-)
-def test_a_tensor_is_shrunk_but_never_enlarged(size, long_side, expected):
-    assert tuple(nst.shrink_to(torch.zeros(1, 3, *size), long_side).shape[2:]) == expected
-
-
-# Colour profiles --------------------------------------------------------------------------------
+# Colour profiles ----------------------------------------------------------------------------------
 
 
 def swapped_profile() -> bytes:
@@ -271,7 +221,7 @@ def linear_grey_profile() -> bytes:
 def test_an_embedded_profile_is_converted_to_srgb(kind):
     image = nst.load_image(encoded(four_corners(), kind, icc_profile=swapped_profile()))
     expected = torch.stack([BLUE, GREEN, RED, WHITE])
-    torch.testing.assert_close(corners(image), expected, atol=0.06, rtol=0)
+    assert_close(corners(image), expected, atol=0.06)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "PA"), ("TIFF", "RGBA")])
@@ -282,7 +232,7 @@ def test_a_profile_leaves_the_transparency_alone(kind, mode):
         picture.paste((0, 0, 0, 0), (0, 0, 32, 24))
     image = nst.load_image(encoded(picture, kind, mode, icc_profile=swapped_profile()))
     expected = torch.stack([WHITE, GREEN, RED, WHITE])
-    torch.testing.assert_close(corners(image), expected, atol=0.06, rtol=0)
+    assert_close(corners(image), expected, atol=0.06)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
@@ -303,16 +253,15 @@ def test_a_grey_profile_is_converted_too(mode):
     ],
     ids=["text", "cut off", "without its curve"],
 )
-def test_a_profile_that_cannot_be_used_is_left_out(profile, tmp_path):
-    """A picture's colour profile is damaged"""
+def test_a_damaged_profile_is_left_out_with_a_warning(profile, tmp_path):
     path = tmp_path / "odd.png"
     path.write_bytes(encoded(four_corners(), icc_profile=profile))
-    with pytest.warns(nst.PictureWarning, match=r"odd\.png"):
+    with pytest.warns(nst.StyleTransferWarning, match=r"odd\.png"):
         image = nst.load_image(path)
-    torch.testing.assert_close(corners(image), expected_corners("RGB"), atol=0.01, rtol=0)
+    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
 
 
-# Damage -----------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def damaged() -> dict[str, bytes]:
@@ -334,11 +283,8 @@ DAMAGED = damaged()
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_file_cut_off_at_any_tenth_byte_is_refused_or_whole(kind, tmp_path):
-    """A picture is cut off or damaged
-
-    Whole: some formats end with bytes that no pixel needs. Never half a picture.
-    """
+def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, tmp_path):
+    """Some formats end with bytes that no pixel needs."""
     data = DAMAGED[kind]
     path = tmp_path / "cut.picture"
     path.write_bytes(data)
@@ -347,103 +293,35 @@ def test_a_file_cut_off_at_any_tenth_byte_is_refused_or_whole(kind, tmp_path):
     for end in range(0, len(data), 10):
         path.write_bytes(data[:end])
         try:
-            image = nst.load_image(path)
-        except ValueError as error:
-            assert_one_sentence(error, f"'{path}'")
+            assert torch.equal(nst.load_image(path), whole), f"half a picture at {end} bytes"
+        except ValueError:
             refused += 1
-        else:
-            assert torch.equal(image, whole), f"half a picture at {end} of {len(data)} bytes"
     assert refused * 10 > 0.5 * len(data)
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_flipped_bit_gives_a_picture_or_one_sentence(kind):
-    data = DAMAGED[kind]
-    random = np.random.default_rng(0)
-    for _ in range(150):
-        place, bit = random.integers(len(data)), random.integers(8)
-        flipped = data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                nst.check_image("picture", nst.load_image(flipped, 64))
-        except ValueError as error:
-            assert_one_sentence(error, "the uploaded picture")
+def test_a_missing_file_is_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        nst.load_image(tmp_path / "nowhere.png")
 
 
-def test_a_truncated_picture_that_pillow_has_opened_already_is_refused():
-    half = io.BytesIO(DAMAGED["JPEG"][:-200])
-    opened = Image.open(half)  # the header is read now, the pixels later
-    with pytest.raises(ValueError, match="picture") as error:
-        nst.load_image(opened)
-    assert_one_sentence(error.value, "the picture")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "APNG"])
-@pytest.mark.parametrize("share", [0.5, 1])
-def test_a_file_is_closed_again_whether_it_is_whole_or_not(tmp_path, kind, share):
-    path = tmp_path / "picture"
-    data = DAMAGED[kind]
-    path.write_bytes(data[: round(share * len(data))])
-    error = None
-    try:
-        nst.load_image(path)
-    except ValueError as problem:
-        error = problem  # as a notebook does, which keeps the last error and all that hangs on it
-    assert (error is None) == (share == 1)
-    assert str(path) not in [file.path for file in psutil.Process().open_files()]
-
-
-@pytest.mark.parametrize("name", ["nowhere.png", "long" * 100])
-def test_a_missing_file_is_file_not_found(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
-        nst.load_image(tmp_path / name)
-    assert name in str(error.value)
-
-
-@pytest.mark.parametrize("source", ["https://example.org/cat.jpg", "http:cat.jpg"])
-def test_an_address_is_refused_by_name(source):
-    with pytest.raises(ValueError, match="address") as error:
+@pytest.mark.parametrize("source", ["https://example.org/cat.jpg", str(IMAGES)])
+def test_addresses_and_folders_are_refused_by_name(source):
+    with pytest.raises(ValueError, match=source):
         nst.load_image(source)
-    assert source in str(error.value)
-
-
-def test_a_folder_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="folder") as error:
-        nst.load_image(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_a_file_that_may_not_be_read_is_refused_with_the_reason(monkeypatch, tmp_path):
-    path = tmp_path / "private.png"
-    four_corners().save(path)
-    monkeypatch.setattr(Image, "open", fail(PermissionError(13, "Permission denied")))
-    with pytest.raises(ValueError, match="Permission denied") as error:
-        nst.load_image(path)
-    assert_one_sentence(error.value, f"'{path}'")
 
 
 def test_a_picture_too_small_for_the_network_is_refused_with_its_size():
-    with pytest.raises(ValueError, match="16") as error:
+    with pytest.raises(ValueError, match="15 x 40"):
         nst.load_image(Image.new("RGB", (15, 40)))
-    assert "15 x 40" in str(error.value)
 
 
-@pytest.mark.parametrize("value", [0, 15, 64.0, "64"])
-def test_a_max_size_out_of_range_is_refused_by_name(value):
-    with pytest.raises(ValueError, match="max_size") as error:
+@pytest.mark.parametrize("value", [15, 64.5, "64"])
+def test_an_unusable_max_size_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=f"max_size .*{value!r}"):
         nst.load_image(four_corners(), value)
-    assert repr(value) in str(error.value)
 
 
-def test_memory_that_runs_out_is_not_taken_for_damage(monkeypatch):
-    data = encoded(four_corners())
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail(MemoryError()))
-    with pytest.raises(MemoryError):
-        nst.load_image(data)
-
-
-# Hostility --------------------------------------------------------------------------------------
+# Hostile files ------------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -451,113 +329,52 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
-def png_head(width: int, height: int) -> bytes:
-    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
-
-
-def png(width: int, height: int, *chunks: bytes) -> bytes:
+def png(width: int, height: int) -> bytes:
     """A grey PNG that claims to be of this size, and holds next to nothing."""
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(bytes(9)))
-    return png_head(width, height) + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + size + pixels + chunk(b"IEND", b"")
 
 
-def gif(width: int, height: int) -> bytes:
-    size = struct.pack("<HH", width, height)
-    return b"GIF89a" + size + b"\0\0\0,\0\0\0\0" + size + b"\0\2\0;"
-
-
-NO_PICTURES = {
+NOT_PICTURES = {
     "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-    "a program for Linux": b"\x7fELF\2\1\1" + bytes(200),
-    "a program for Windows": b"MZ\x90\0" + bytes(200),
-    "a script": b"#!/bin/sh\nrm -rf /\n",
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n",
-    "a PDF": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
     "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
-    "an archive": b"PK\3\4" + bytes(200),
     "an icon": b"\0\0\1\0\1\0\x40\x30\0\0\1\0\x20\0" + bytes(200),
     "a film": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(200),
     "nothing": b"",
-    "a line feed": b"\n",
 }
 
 
-@pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES)
-def test_what_is_no_picture_is_refused_whatever_its_name_says(data, tmp_path, monkeypatch):
-    """A file is not a picture, despite its name"""
+@pytest.mark.parametrize("data", NOT_PICTURES.values(), ids=NOT_PICTURES)
+def test_other_files_are_refused_whatever_their_names_say(data, tmp_path, monkeypatch):
     started = AssertionError("a program was started")  # as Pillow does for PostScript
     monkeypatch.setattr("subprocess.Popen", fail(started))
     path = tmp_path / "holiday.jpg"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="format") as error:
+    with pytest.raises(ValueError, match=r"holiday\.jpg.* format .*JPEG.*PNG"):
         nst.load_image(path)
-    assert_one_sentence(error.value, f"'{path}'")
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
-        assert kind in str(error.value)
-
-
-BOMBS = {
-    "a PNG of 10 gigapixels": png(100_000, 100_000),
-    "a PNG of 90 megapixels": png(10_000, 9_000),  # of which Pillow only warns
-    "a GIF of 4 gigapixels": gif(65535, 65535),
-}
 
 
 @pytest.mark.parametrize("filters", ["error", "ignore"])
-@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_before_it_is_decoded(data, filters, monkeypatch):
-    """A picture has more than 89 million pixels"""
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+@pytest.mark.parametrize("size", [(100_000, 100_000), (10_000, 9_000)])  # Pillow only warns of 2nd
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(size, filters, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail(AssertionError("it was decoded")))
     with warnings.catch_warnings():
         warnings.simplefilter(filters)  # whatever the program around does with Pillow's warning
-        with pytest.raises(ValueError, match="89,478,485") as error:
-            nst.load_image(data)
-    assert_one_sentence(error.value, "the uploaded picture")
-
-
-def test_a_limit_that_is_turned_off_is_off(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert nst.load_image(four_corners()).shape == (1, 3, 48, 64)
-
-
-def test_reading_leaves_the_programs_warning_filters_alone(monkeypatch, tmp_path):
-    """They are the whole process's: two threads that change them get in each other's way."""
-    path = tmp_path / "picture.png"
-    four_corners().save(path)
-    before = list(warnings.filters)
-    monkeypatch.setattr(warnings, "catch_warnings", fail(AssertionError("filters were changed")))
-    monkeypatch.setattr(warnings, "simplefilter", fail(AssertionError("filters were changed")))
-    nst.load_image(path)
-    assert list(warnings.filters) == before
+        with pytest.raises(ValueError, match="89,478,485"):
+            nst.load_image(png(*size))
 
 
 HOSTILE = {
-    "no pixels": png(0, 0),
     "a side of 2 ** 31": png(2**31, 1),
     "too few pixels for its size": png(*SIZE),
-    "a text that swells": png(*SIZE, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))),
-    "a profile that swells": png(*SIZE, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**7)))),
-    "a chunk of 4 GB": png_head(*SIZE) + b"\xff" * 64,
     "tags that lead nowhere": b"II*\0" + struct.pack("<I", 2**32 - 8) + bytes(64),
     "a JPEG of markers": b"\xff\xd8" + b"\xff\xe1\0\2" * 1000,
 }
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_file_gets_one_sentence(data):
-    with pytest.raises(ValueError, match="picture") as error:
+def test_a_hostile_file_is_refused(data):
+    with pytest.raises(ValueError, match="the uploaded picture"):
         nst.load_image(data)
-    assert_one_sentence(error.value, "the uploaded picture")
-
-
-def test_the_samples_come_in(pictures):
-    for name, image in pictures.items():
-        nst.check_image(name, image)
-        assert max(image.shape[2:]) == 128
-
-
-def test_pixels_are_not_shared_with_the_source():
-    picture = four_corners()
-    nst.load_image(picture).zero_()
-    assert picture.getpixel((60, 40)) == (255, 255, 255)

@@ -1,0 +1,493 @@
+"""The panel and the downloads, here without a browser."""
+
+import base64
+import html
+import re
+import sys
+import threading
+import types
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import ipywidgets
+import pytest
+import torch
+from conftest import IMAGES, NO_SPACE, SHALLOW, encoded, fail, last, record_in
+from PIL import Image
+from traitlets import Bunch
+
+import nst_helpers as nst
+
+SOURCES = {"photo": IMAGES / "china.jpg", "painting": IMAGES / "starry_night.jpg"}
+CHELSEA = (IMAGES / "chelsea.png").read_bytes()
+TRANSPARENT = encoded(Image.new("RGBA", (60, 40), (200, 120, 40, 0)))
+
+
+def files_on(widget) -> list[bytes]:
+    """The files that the HTML of a widget holds."""
+    return [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', widget.value)]
+
+
+def words_on(widget) -> str:
+    return html.unescape(re.sub("<[^>]*>", "", widget.value))
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """Stands for ``google.colab.files``: answers as it is told, notes what it is asked."""
+    files = types.ModuleType("google.colab.files")
+    files.answers, files.downloads = [], []
+    files.upload = lambda: files.answers.pop(0)
+    files.download = files.downloads.append
+    package = types.ModuleType("google.colab")
+    package.files = files
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    return files
+
+
+# What cells of the notebook call ------------------------------------------------------------------
+
+
+def test_outside_colab_the_given_pictures_are_used():
+    given = {"photo": "no such.jpg", "painting": str(SOURCES["painting"])}
+    assert nst.choose_pictures(**given) == given
+
+
+def test_colab_asks_only_for_a_missing_file(colab):
+    given = {which: str(path) for which, path in SOURCES.items()}
+    assert nst.choose_pictures(**given) == given
+    colab.answers = [{"../../etc/evil name.png": CHELSEA}, {}]
+    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
+    assert nst.choose_pictures(**missing) == missing | {"photo": CHELSEA}
+    assert colab.answers == []
+
+
+def test_colab_downloads_a_picture_at_once(colab, tmp_path):
+    nst.offer_download(tmp_path / "picture.png")
+    assert colab.downloads == [str(tmp_path / "picture.png")]
+
+
+def test_elsewhere_a_link_is_shown(monkeypatch, tmp_path):
+    displayed = []
+    monkeypatch.setattr(nst, "display", displayed.append)
+    path = tmp_path / "picture.png"
+    nst.offer_download(path)
+    (shown,) = displayed
+    assert f'download="{path.name}" href="{path.as_posix()}"' in shown.data
+
+
+def test_a_blend_remembers_its_strength_and_leaves_the_step_as_it_is(shallow, pair):
+    step = next(nst.stylize(*pair, SHALLOW, network=shallow))
+    before = step.image.clone()
+    photo = torch.full((1, 3, 80, 128), 0.5)
+    blend = nst.blend_with_photo(step, photo, 0.25)
+    torch.testing.assert_close(blend.image, 0.375 + before / 4)
+    assert blend.job.notes == ("strength 0.25",)
+    assert torch.equal(step.image, before)
+    assert step.job.notes == ()
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "all", True])
+def test_a_wrong_strength_is_refused(shallow, pair, strength):
+    step = next(nst.stylize(*pair, SHALLOW, network=shallow))
+    with pytest.raises(ValueError, match=f"strength .*{strength!r}"):
+        nst.blend_with_photo(step, step.image, strength)
+
+
+# The panel ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(shallow) -> torch.Tensor:
+    """What ``SHALLOW`` makes of ``SOURCES``."""
+    photo, painting = (nst.load_image(source, SHALLOW.max_size) for source in SOURCES.values())
+    return last(nst.stylize(photo, painting, SHALLOW, network=shallow)).image
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[object]:
+    """The jobs whose speed was measured, which takes no time here."""
+    jobs = []
+    monkeypatch.setattr(nst, "_measure_seconds_per_pixel", lambda job: jobs.append(job) or 1e-6)
+    return jobs
+
+
+@pytest.fixture
+def panel(shallow, tmp_path, measured):
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    yield panel
+    if panel.is_painting:
+        panel.stop()
+        panel.thread.join(60)
+
+
+class Gate:
+    """Lets the steps of ``stylize`` through as it is told."""
+
+    def __init__(self, stylize):
+        self.stylize = stylize
+        self.runs = 0
+        self.is_open = threading.Semaphore(0)
+        self.is_waiting = threading.Semaphore(0)
+
+    def steps(self, *args, **kwargs):
+        self.runs += 1
+        for step in self.stylize(*args, **kwargs):
+            self.is_waiting.release()
+            assert self.is_open.acquire(timeout=60)
+            yield step
+
+    def let_through(self, count):
+        """Come back when ``count`` more steps are done and the next one waits."""
+        for _ in range(count):
+            assert self.is_waiting.acquire(timeout=60)
+            self.is_open.release()
+        assert self.is_waiting.acquire(timeout=60)
+        self.is_waiting.release()
+
+    def finish(self, panel):
+        self.is_open.release(1000)
+        panel.thread.join(60)
+        assert not panel.is_painting
+
+
+@pytest.fixture
+def gate(monkeypatch, panel):
+    gate = Gate(nst.stylize)
+    monkeypatch.setattr(nst, "stylize", gate.steps)
+    yield gate
+    gate.is_open.release(1000)
+
+
+def paint(panel):
+    """Press Paint, and wait for the end of the run."""
+    panel.paint_button.click()
+    panel.thread.join(60)
+    assert not panel.is_painting
+
+
+def upload(panel, which, data, name="a.png"):
+    """As the browser does."""
+    file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data)}
+    file["last_modified"] = datetime.now(timezone.utc)
+    panel.uploads[which].set_trait("value", (file,))
+
+
+def saved(folder):
+    """The one picture that was saved; no other file is there."""
+    (path,) = folder.iterdir()
+    assert ".partial" not in path.name
+    return path
+
+
+def assert_offered(panel, path):
+    """The panel names the file, and its link holds it."""
+    assert str(path) in words_on(panel.status)
+    assert f'download="{path.name}"' in panel.link.value
+    assert files_on(panel.link) == [path.read_bytes()]
+    assert panel.paint_button.description == "Paint"
+
+
+def test_a_panel_shows_all_its_widgets(panel):
+    def leaves(widget):
+        if not isinstance(widget, ipywidgets.Box):
+            return [widget]
+        return [leaf for child in widget.children for leaf in leaves(child)]
+
+    expected = [*panel.uploads.values(), *panel.controls.values(), panel.paint_button]
+    expected += [panel.stop_button, panel.strength, panel.chosen, panel.status, panel.link]
+    assert {*map(id, expected), id(panel.page)} <= {*map(id, leaves(panel))}
+    assert "children" not in panel._repr_mimebundle_()["text/plain"]  # shown without a kernel
+    assert panel.result is None
+
+
+def test_a_panel_says_while_cells_run_that_clicks_wait(monkeypatch, shallow, measured, tmp_path):
+    events = {}
+    register = types.SimpleNamespace(register=events.__setitem__)
+    monkeypatch.setattr(nst, "get_ipython", lambda: types.SimpleNamespace(events=register))
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    texts = [child for child in panel.children if isinstance(child, ipywidgets.HTML)]
+    before = [text.value for text in texts]
+    events["pre_run_cell"](object())
+    assert sum(text.value != old for text, old in zip(texts, before, strict=True)) == 1
+    events["post_run_cell"](object())
+    assert [text.value for text in texts] == before
+
+
+def test_an_upload_is_taken_and_shown_at_once(panel, monkeypatch, tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    upload(panel, "painting", CHELSEA, "../evil.png")
+    assert panel.sources == {"photo": SOURCES["photo"], "painting": CHELSEA}
+    assert "painting" in words_on(panel.status)
+    _, painting = files_on(panel.chosen)
+    assert (nst.load_image(painting) - nst.load_image(CHELSEA, 64)).abs().mean() < 0.03
+    assert list(tmp_path.rglob("*")) == [inner]
+
+
+def test_an_upload_of_ipywidgets_7_is_taken_too(panel):
+    button = panel.uploads["photo"]
+    files = {"a.png": {"content": CHELSEA, "metadata": {"name": "a.png"}}}
+    change = {"name": "value", "old": {}, "new": files, "owner": button, "type": "change"}
+    button.notify_change(Bunch(change))
+    assert panel.sources["photo"] == CHELSEA
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", CHELSEA[:9000]])
+def test_a_broken_upload_changes_nothing(panel, data):
+    before = panel.chosen.value
+    upload(panel, "photo", data)
+    assert panel.sources == SOURCES
+    assert panel.chosen.value == before
+    assert "photo" in words_on(panel.status)
+    upload(panel, "photo", CHELSEA)  # the button still works
+    assert panel.sources["photo"] == CHELSEA
+
+
+def test_other_clicks_bring_new_upload_buttons_in_place_of_stuck_ones(panel):
+    first = dict(panel.uploads)
+    panel.controls["color"].value = "content"
+    second = dict(panel.uploads)
+    paint(panel)
+    for which, button in panel.uploads.items():
+        assert len({id(button), id(first[which]), id(second[which])}) == 3
+    assert panel.upload_row.children == tuple(panel.uploads.values())
+    panel.uploads = first  # what comes late is taken too
+    upload(panel, "painting", CHELSEA)
+    assert panel.sources["painting"] == CHELSEA
+
+
+def test_the_speed_is_measured_once(panel, measured):
+    (job,) = measured
+    assert job.config == SHALLOW
+    assert job.network is panel.network
+    panel.controls["style"].value = 3
+    panel.controls["size"].value = 256
+    upload(panel, "photo", CHELSEA)
+    assert len(measured) == 1
+
+
+def test_the_controls_make_the_settings(panel):
+    changes = {"style": 3, "size": 256, "color": "luminance", "quality": "best"}
+    before = {name: control.value for name, control in panel.controls.items()}
+    for name, value in changes.items():
+        panel.controls[name].value = value
+    assert panel.config == replace(
+        SHALLOW,
+        style_weight=3 * SHALLOW.style_weight,
+        max_size=256,
+        color="luminance",
+        quality="best",
+        num_steps="auto",  # another quality was chosen, so the number of the settings is void
+    )
+    for name, value in before.items():
+        panel.controls[name].value = value
+    assert panel.config == SHALLOW
+
+
+def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
+    def estimate(photo, painting, config, network, *, seconds_per_pixel):
+        assert photo.shape == (1, 3, 171, 256)
+        assert (config, network, seconds_per_pixel) == (panel.config, panel.network, 1e-6)
+        return nst.Estimate(83.0, 1.5e9, 7.25e9, 1e-6)
+
+    monkeypatch.setattr(nst, "estimate", estimate)
+    panel.controls["size"].value = 256
+    for number in ("256 x 171", "83 s", "1.5", "7.2"):
+        assert number in words_on(panel.chosen)
+
+
+def test_a_lack_of_memory_is_said_before_paint_is_pressed(monkeypatch, panel):
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: 1e6)
+    panel.controls["size"].value = 256
+    assert "max_size" in words_on(panel.chosen)
+    panel.start()
+    assert "max_size" in words_on(panel.status)
+    assert panel.result is None
+
+
+def test_paint_makes_and_saves_the_picture_of_the_settings(panel, tmp_path, expected):
+    paint(panel)
+    assert torch.equal(panel.result.image, expected)
+    path = saved(tmp_path)
+    assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
+    assert record_in(path)["finished"]
+    assert_offered(panel, path)
+    assert "step 6 of 6" in panel.page.value
+
+
+def test_paint_pressed_twice_is_one_run_that_says_how_far_it_is(panel, gate, measured):
+    panel.start()
+    gate.let_through(1)
+    percent = round(100 * panel.result.progress)
+    assert re.search(rf"\b{percent}\s?%$", panel.paint_button.description)
+    before, run = panel.status.value, panel.run
+    panel.start()
+    assert panel.run is run
+    assert panel.status.value != before
+    gate.finish(panel)
+    assert gate.runs == 1
+
+
+def test_nothing_is_estimated_while_a_run_paints(panel, gate, measured):
+    panel.start()
+    gate.let_through(1)
+    panel.seconds_per_pixel = None
+    measured.clear()
+    panel.controls["color"].value = "luminance"
+    assert measured == []
+    assert not re.search(r"\d s\b", words_on(panel.chosen))
+    gate.finish(panel)
+    assert re.search(r"\d s\b", words_on(panel.chosen))
+
+
+def test_a_run_has_the_settings_and_pictures_of_its_start(panel, gate, tmp_path):
+    panel.controls["color"].value = "content"
+    panel.start()
+    gate.let_through(1)
+    upload(panel, "photo", TRANSPARENT)
+    upload(panel, "painting", CHELSEA)
+    panel.controls["color"].value = "luminance"
+    gate.finish(panel)
+    painted = saved(tmp_path)
+    record = record_in(painted)
+    assert record["settings"]["color"] == "content"
+    assert record["photo"] == nst._sha256_of(SOURCES["photo"])
+    assert record["paintings"] == [nst._sha256_of(SOURCES["painting"])]
+    panel.strength.value = 0  # the photo that was painted, not the one that is chosen now
+    (blend,) = set(tmp_path.iterdir()) - {painted}
+    photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
+    assert torch.equal(nst.load_image(blend), (photo * 255).round() / 255)
+
+
+def test_a_transparent_photo_makes_a_transparent_picture(panel, tmp_path):
+    upload(panel, "photo", TRANSPARENT)
+    paint(panel)
+    with Image.open(saved(tmp_path)) as picture:
+        assert picture.getchannel("A").getextrema() == (0, 0)
+
+
+def test_a_run_of_a_cell_does_not_disturb_one_of_the_panel(panel, gate, pair, expected, shallow):
+    config = replace(SHALLOW, color="luminance", num_steps=4)
+    alone = last(gate.stylize(*pair, config, network=shallow))
+    panel.start()
+    for step in gate.stylize(*pair, config, network=shallow):
+        gate.let_through(1)
+    gate.finish(panel)
+    assert torch.equal(step.image, alone.image)
+    assert torch.equal(panel.result.image, expected)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_stop_keeps_the_picture_so_far(panel, gate, tmp_path, steps):
+    panel.start()
+    gate.let_through(steps)
+    assert saved_partially(tmp_path)
+    panel.stop_button.click()
+    gate.finish(panel)
+    path = saved(tmp_path)
+    assert record_in(path)["step"] == panel.result.number == steps + 1
+    assert record_in(path)["finished"] is (steps == 5)  # a stop in the last step comes too late
+    assert ("Done." in words_on(panel.status)) is (steps == 5)
+    assert_offered(panel, path)
+
+
+def saved_partially(folder):
+    return [path for path in folder.iterdir() if path.name.endswith(".partial.png")]
+
+
+def test_stop_without_a_run_does_not_stop_the_next(panel, tmp_path):
+    panel.stop()
+    assert panel.status.value
+    paint(panel)
+    assert record_in(saved(tmp_path))["finished"]
+
+
+def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
+    assert panel.strength.disabled  # there is nothing to mix yet
+    panel.start()
+    gate.finish(panel)
+    first = saved(tmp_path)
+    panel.strength.value = 0.25
+    photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
+    blend = photo + 0.25 * (panel.result.image - photo)
+    (second,) = set(tmp_path.iterdir()) - {first}
+    assert (nst.load_image(second) - blend).abs().max() < 0.01
+    assert record_in(second)["notes"] == ["strength 0.25"]
+    (shown,) = files_on(panel.page)
+    assert (nst.load_image(shown) - blend).abs().mean() < 0.03
+    assert_offered(panel, second)
+    assert gate.runs == 1
+    panel.start()
+    assert panel.strength.value == 1
+    assert panel.strength.disabled
+    gate.finish(panel)
+    (third,) = set(tmp_path.iterdir()) - {first, second}
+    assert record_in(third)["notes"] == []
+
+
+@pytest.mark.parametrize("error", [MemoryError("Memory <ran> out."), ValueError()])
+def test_an_error_is_said_and_the_picture_so_far_is_saved(monkeypatch, panel, tmp_path, error):
+    stylize = nst.stylize
+
+    def broken(*args, **kwargs):
+        yield next(stylize(*args, **kwargs))
+        raise error
+
+    monkeypatch.setattr(nst, "stylize", broken)
+    paint(panel)
+    (path,) = set(tmp_path.iterdir()) - {*saved_partially(tmp_path)}
+    assert record_in(path)["step"] == 1
+    assert (str(error) or "ValueError") in words_on(panel.status)
+    assert_offered(panel, path)
+
+
+def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel):
+    monkeypatch.setattr(nst, "save_image", fail(NO_SPACE))
+    paint(panel)
+    assert "No space left" in words_on(panel.status)
+    assert panel.result.number == SHALLOW.num_steps
+    panel.status.value = ""
+    panel.strength.value = 0.5
+    assert "No space left" in words_on(panel.status)
+    assert len(files_on(panel.page)) == 1  # the blend is shown all the same
+
+
+def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measured):
+    gone = SOURCES | {"photo": tmp_path / "gone.jpg"}
+    panel = nst.Panel(SHALLOW, gone, tmp_path, network=shallow)
+    assert "gone.jpg" in words_on(panel.chosen)
+    panel.start()
+    assert "gone.jpg" in words_on(panel.status)
+    upload(panel, "photo", CHELSEA)
+    assert len(files_on(panel.chosen)) == 2
+    paint(panel)
+    assert record_in(saved(tmp_path))["finished"]
+
+
+def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):
+    upload(panel, "photo", CHELSEA)
+    again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert again.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
+    assert again.sources is not panel.sources
+    other = SOURCES | {"photo": IMAGES / "stained_glass.jpg"}
+    changed = nst.Panel(SHALLOW, other, tmp_path, network=shallow, earlier=again)
+    assert changed.sources == other
+
+
+def test_colab_paints_in_the_foreground(panel, colab, tmp_path):
+    panel.paint_button.click()
+    assert not panel.is_painting  # though nobody waited
+    assert_offered(panel, saved(tmp_path))
+
+
+@pytest.mark.xfail(reason="_paint does not catch KeyboardInterrupt", strict=True)
+def test_colab_can_paint_again_after_an_interrupt(monkeypatch, panel, colab):
+    monkeypatch.setattr(nst, "stylize", lambda *_, **__: map(fail(KeyboardInterrupt()), [1]))
+    try:
+        panel.paint_button.click()
+    except KeyboardInterrupt:
+        pass
+    assert not panel.is_painting
