@@ -2999,6 +2999,8 @@ class Panel(widgets.VBox):
             for step in watch(autosave(_until(steps, run.stopping), self.folder), self._show):
                 run.step = step
                 outcome = "Done." if step.number == step.total else "Stopped."
+        except KeyboardInterrupt:  # only where there is no thread
+            outcome = "Stopped."
         except Exception as error:
             outcome = _sentence_of(error)
         if run.step is not None:
