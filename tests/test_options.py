@@ -42,7 +42,6 @@ def trio(pictures):
 
 
 def halves(photo):
-    """A mask for the left half of ``photo``, and one for the right."""
     return [half_mask(photo.shape[2:], left) for left in (True, False)]
 
 
@@ -84,15 +83,13 @@ def test_guides_are_the_masks_by_areas_with_a_mean_square_of_1(vgg):
         assert torch.equal(right[:, 1:], torch.zeros_like(right[:, 1:]))
 
 
-@pytest.mark.parametrize(
-    ("blend", "expected"),
-    [("equal", [1 / 3, 2 / 3]), ((3, 1), [1 / 2, 1 / 3]), ((1, 0), [1 / 3, 0])],
-)
-def test_a_region_counts_by_its_area_and_its_weight(vgg, blend, expected):
+def test_a_region_counts_by_its_area_and_its_weight(vgg):
     third = torch.zeros(1, 3, 96, 96)
     third[..., 64:] = 1
-    shares = regions([third, 1 - third], vgg, style_blend=blend).shares
-    assert shares == pytest.approx(expected, rel=0.1)  # the padding adds a little
+    blends = {"equal": [1 / 3, 2 / 3], (3, 1): [1 / 2, 1 / 3], (1, 0): [1 / 3, 0]}
+    for blend, expected in blends.items():
+        shares = regions([third, 1 - third], vgg, style_blend=blend).shares
+        assert shares == pytest.approx(expected, rel=0.1)  # the padding adds a little
 
 
 def test_each_painting_goes_where_its_mask_is_white(vgg, trio):
@@ -141,18 +138,17 @@ def chroma(image):
 @pytest.mark.parametrize("quality", ["quick", "normal"])
 def test_luminance_keeps_the_chroma_of_each_pixel(shallow, trio, optimizer, quality):
     photo, painting, _ = trio
-    settings = {"color": "luminance", "optimizer": optimizer, "quality": quality}
-    image = paint(photo, painting, shallow, **settings)
+    settings = {"optimizer": optimizer, "quality": quality, "learning_rate": 0.2}
+    image = paint(photo, painting, shallow, color="luminance", **settings)
     assert_close(chroma(image), chroma(photo), 1e-6)
-    assert torch.equal(image, image.clamp(0, 1))
     assert mean_change(image, photo) > 0.01
 
 
 def test_luminance_stays_within_what_each_pixel_can_show(shallow, pair):
-    """The losses are those of the picture that is shown, not of one that is clamped for it."""
-    config = replace(SHALLOW, color="luminance", learning_rate=0.5, scales=1)
+    config = replace(SHALLOW, color="luminance", learning_rate=9, scales=1)
     for step in nst.stylize(*pair, config, network=shallow):
         assert step.picture.shape[1] == 1
+        assert torch.equal(step.image, step.image.clamp(0, 1))
         assert_close(step.picture, (step.image - chroma(step.image))[:, :1], 1e-6)
 
 
@@ -219,6 +215,8 @@ def test_strips_are_used_where_they_are_asked_for_or_memory_is_short(
     step = last(nst.stylize(*pair, config, network=vgg))
     assert [scale.strips for scale in step.job.scales] == strips
     assert [network.strips for network, _, of_canvas in looks if of_canvas] == strips
+    optimizer = nst._make_optimizer(step.job, step.job.scales[-1], pair[0])
+    assert optimizer.history_dtype == (torch.bfloat16 if strips[-1] else torch.float32)
 
 
 def test_memory_grows_with_pixels_masks_and_history_and_falls_with_strips(shallow):
@@ -256,9 +254,9 @@ def test_a_photo_too_large_for_the_memory_is_refused_with_the_largest_that_fits(
     with pytest.raises(ValueError, match=r"^max_size.*0\.3 GB.*3000") as error:
         nst.stylize(plain_photo(3000), pair[1], config, network=shallow)
     largest = int(re.search(r"at most (\d+)", str(error.value))[1])
-    nst.stylize(plain_photo(largest - 2), pair[1], config, network=shallow)
-    with pytest.raises(ValueError, match="max_size"):
-        nst.stylize(plain_photo(largest + 3), pair[1], config, network=shallow)
+    job = nst._make_job(plain_photo(largest - 2), pair[1], config, shallow)
+    needed = nst._bytes_needed(job, job.scales[-1].size, job.scales[-1].strips)
+    assert needed == pytest.approx(0.3 * GB, rel=0.02)
     monkeypatch.setattr(nst, "_free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"^No picture.*0\.0 GB.*cpu"):
         nst.stylize(*pair, config, network=shallow)
@@ -268,8 +266,7 @@ def test_what_is_free_depends_on_the_container_the_machine_and_the_device(monkey
     assert nst._container_bytes(tmp_path) == math.inf
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_anon 900\ninactive_file 50\nslab 7\n")
-    memory = SimpleNamespace(available=400)
-    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: SimpleNamespace(available=400))
     monkeypatch.setattr(nst, "Path", lambda folder: tmp_path)
     for limit, expected in (("1000", 350), ("600", 0), ("2000", 400), ("max", 400)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
@@ -310,7 +307,6 @@ def test_after_a_nan_in_half_precision_a_run_goes_on_in_float32(monkeypatch, pai
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step.job.notes for step in steps[2:4]] == [(), (str(caught[0].message),)]
     assert steps[3].losses["total"] < steps[2].losses["total"]  # from the picture of step 3
-    assert all(step.image.isfinite().all() for step in steps)
     dtypes = [network.dtype for network, _, of_canvas in looks if of_canvas]
     assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 3
     assert (half.dtype, steps[0].image.dtype) == (torch.bfloat16, torch.float32)
@@ -371,7 +367,6 @@ def test_strips_take_over_at_any_scale(monkeypatch, shallow, pictures, width, in
         steps = list(nst.stylize(photo, pictures["starry_night"], config, network=shallow))
     assert [step.image.shape[3] for step in steps] == [24] * 10 + [48] * 2 + [96]
     assert [step.number for step in steps] == list(range(1, 14))
-    assert steps[1].progress < steps[-2].progress < steps[-1].progress == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +395,15 @@ def test_where_even_strips_do_not_fit_the_result_is_smaller(
     assert f" {image.shape[3]} x {image.shape[2]} " in steps[-1].job.notes[-1]
     assert image.shape[3] == width
     assert torch.equal(image[..., kept], nst.resize(photo, image.shape[2:])[..., kept])
+
+
+def test_a_run_recovers_more_than_once(monkeypatch, shallow, pair):
+    for at_step in (3, 5):
+        break_looks(monkeypatch, at_step, fail(MemoryError()))
+    with pytest.warns(nst.StyleTransferWarning):
+        steps = list(nst.stylize(*pair, replace(SHALLOW, scales=1), network=shallow))
+    assert [(step.number, step.total) for step in steps] == [(n, 6) for n in range(1, 7)]
+    assert [step.progress for step in steps] == pytest.approx([n / 6 for n in range(1, 7)])
 
 
 def test_what_a_failed_step_held_is_free_before_the_run_goes_on(monkeypatch, shallow, pair):

@@ -37,7 +37,6 @@ GREY = torch.full((1, 3, 32, 48), 0.5)
         ({"quality": "normal"}, [160, 320, 640], [57, 12, 6]),
         ({"quality": "best"}, [96, 192, 384, 768], [50, 10, 38, 33]),
         ({"num_steps": 95}, [160, 320, 640], [57, 22, 16]),
-        ({"num_steps": 2}, [320, 640], [1, 1]),
         ({"scales": 1}, [512], [75]),
     ],
 )
@@ -196,7 +195,6 @@ def test_the_direction_of_lbfgs_is_minus_the_inverse_hessian_of_bfgs_times_the_g
 
 
 def test_lbfgs_ignores_a_pair_without_curvature():
-    """A gradient that does not change teaches nothing, so the step stays what it was."""
     optimizer = lbfgs(torch.zeros(1, 3, 4, 4), 0.1)
     for number in (1, 2, 3):
         optimizer.step(torch.ones(1, 3, 4, 4))
@@ -255,7 +253,7 @@ def test_the_learning_rate_is_the_length_of_a_step(shallow, pair, optimizer, fac
     config = replace(SHALLOW, optimizer=optimizer, scales=1, color="content", learning_rate=0.01)
     step = next(nst.stylize(*pair, config, network=shallow))
     assert mean_change(step.image, pair[0]) == pytest.approx(factor * 0.01, rel=0.5)
-    for step in nst.stylize(*pair, replace(config, learning_rate=0.9), network=shallow):
+    for step in nst.stylize(*pair, replace(config, learning_rate=9), network=shallow):
         assert step.losses["tv"] <= 2  # the most that pixels in [0, 1] can have
 
 
@@ -276,7 +274,6 @@ def test_steps_are_numbered_and_each_has_its_own_picture_losses_and_progress(sha
         assert all(loss.shape == () and not loss.requires_grad for loss in step.losses.values())
     for step, copy in zip(steps, copies, strict=True):
         assert all(map(torch.equal, (step.image, step.picture), copy))  # not painted into later
-    assert len({step.losses["total"].item() for step in steps}) == 13
 
 
 def test_the_losses_are_those_of_the_canvas_before_the_step(vgg, pair):
@@ -382,8 +379,7 @@ def test_pictures_may_be_of_any_floating_point_type_and_need_gradients(shallow, 
 def test_a_run_needs_neither_a_network_nor_settings(vgg, shallow, pair):
     config = replace(SHALLOW, num_steps=1)
     assert torch.equal(next(nst.stylize(*pair, config)).image, paint(*pair, shallow, num_steps=1))
-    step = next(nst.stylize(*pair, network=vgg))
-    assert (step.number, step.total) == (1, 75)
+    assert next(nst.stylize(*pair, network=vgg)).total == 75
 
 
 # What is refused before the first step ------------------------------------------------------------
