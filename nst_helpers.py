@@ -145,7 +145,7 @@ _LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
 _NORMAL_STEPS = 75
 _STEPS = {"quick": 39, "normal": _NORMAL_STEPS, "best": 131}  # for each quality
 
-# Twice as large would make a step so expensive that too few were left for bold strokes.
+# Painting at twice the size would leave too few steps, in the same time, for bold strokes.
 _SUPERSAMPLING = {"quick": 1.0, "normal": 1.25, "best": 1.5}
 
 
@@ -255,8 +255,8 @@ class StyleTransferConfig:
     The method
         optimizer: the paper's "lbfgs", or "adam".
         learning_rate: above 0, about how far a step moves a pixel, of a range of 1, at the finest
-            scale; coarser ones move further. L-BFGS takes 0.2 of it in the first step of each
-            scale, and at most 1.5 times it later.
+            scale; coarser ones move further. L-BFGS moves pixels by 0.2 of it on average in the
+            first step of each scale, and by at most 1.5 times it in later ones.
         content_layers, style_layers: names of layers, from relu1_1 to relu5_4.
         style_layer_weights: one number for each style layer, 0 and up.
         pooling: "max", or the paper's "average".
@@ -370,8 +370,9 @@ def style_statistics(
     """
     statistics = {}
     for layer in features if layers is None else layers:
-        weight = 1 if guides is None else guides[layer]  # squared below, as in the Gram matrix
+        weight = 1 if guides is None else guides[layer]
         gram = gram_matrix(features[layer] * weight)
+        # The weight is in both factors of G, so here it is squared; its square averages 1.
         mean = (features[layer] * weight**2).float().mean((2, 3))
         statistics[layer] = Statistics(gram, mean)
     return statistics
@@ -616,7 +617,7 @@ def _pad(image: Tensor) -> Tensor:
     """The image with four more pixels on each side, which mirror it.
 
     Departure: the border is painted too, and cropped. The network sees the edge of an image
-    differently from its inside, which would become a painted frame.
+    differently from its inside; without this, the difference would show as a frame.
     """
     return nn.functional.pad(image, (_PADDING,) * 4, mode="reflect")
 
@@ -657,8 +658,8 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
 # Optimizers ---------------------------------------------------------------------------------------
 
 _LBFGS_HISTORY = 4  # pairs; 10 were no better and used more memory
-_FIRST_STEP = 0.2  # of the learning rate: a pixel's mean change before L-BFGS has any history
-_LONGEST_STEP = 1.5  # of the learning rate: a pixel's largest mean change
+_FIRST_STEP = 0.2  # of the learning rate: the mean change of pixels without any history
+_LONGEST_STEP = 1.5  # of the learning rate: the mean change of pixels, at most
 _LEAST_COSINE = 1e-8  # between the s and the y of a pair: below it, there is only rounding
 _ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 _ADAM_LAST_LR = 0.05  # of the learning rate, at the end of each scale
@@ -692,7 +693,8 @@ class _LBFGS:
         self.history_dtype = history_dtype
         self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_LBFGS_HISTORY)
         self.last: tuple[Tensor, Tensor] | None = None  # s, and the gradient before that step
-        self.gradient_factor = torch.zeros((), device=canvas.device)
+        # The book's γ: the initial inverse Hessian is this multiple of the identity.
+        self.gamma = torch.zeros((), device=canvas.device)
 
     @property
     def image(self) -> Tensor:
@@ -704,7 +706,7 @@ class _LBFGS:
         """Move every pixel of the canvas a little downhill."""
         if self.last is None:
             length = gradient.abs().mean().clamp_min(_SMALLEST_NORM)
-            self.gradient_factor = _FIRST_STEP * self.lr / length
+            self.gamma = _FIRST_STEP * self.lr / length
         else:
             self._remember(*self.last, gradient)
         direction = self._direction(gradient)
@@ -723,7 +725,7 @@ class _LBFGS:
         # Pairs with no positive curvature get no weight; an ``if`` would wait for the GPU.
         rho = torch.where(is_sound, 1 / curvature, 0.0)
         self.pairs.append((s, y, rho))
-        self.gradient_factor = torch.where(is_sound, curvature / _dot(y, y), self.gradient_factor)
+        self.gamma = torch.where(is_sound, curvature / _dot(y, y), self.gamma)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion: minus the approximate inverse Hessian times the gradient."""
@@ -733,7 +735,7 @@ class _LBFGS:
             alpha = rho * _dot(s, direction)
             direction -= alpha * y.float()
             alphas.append(alpha)
-        direction *= self.gradient_factor
+        direction *= self.gamma
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
             beta = rho * _dot(y, direction)
             direction += (alpha - beta) * s.float()
@@ -796,7 +798,7 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 # Shares of the steps. Most are taken where they are cheap; much of the finest scale's work is lost
 # when the result is shrunk.
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
-_LR_GROWTH = 0.8  # of the learning rate: how much more each coarser scale has than the finer one
+_LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
 
 
 @dataclass(frozen=True)
@@ -863,9 +865,9 @@ def plan_scales(
 ) -> list[Scale]:
     """The scales of a run whose result has ``size``, coarse to fine.
 
-    Departure: there are several. Small ones, where a step is cheap, settle the large shapes. Each
-    has half the height and width of the next, and none is smaller than ``start``, a picture to go
-    on from.
+    Departure: a run has several scales. Small ones, where a step is cheap, settle the large
+    shapes. Each has half the height and width of the next, and none is smaller than ``start``, a
+    picture to go on from.
     """
     num_steps = _STEPS[config.quality] if config.num_steps == "auto" else int(config.num_steps)
     sizes = _sizes_to_paint(size, num_steps, config, start)
@@ -900,8 +902,8 @@ class Job:
 
     content: the photo, (1, 3, H, W); the result has its size.
     styles: the paintings, one or more, each (1, 3, H, W).
-    start: a picture to start from instead of what ``config.init`` names.
-    picture, steps_done, progress: where an interrupted run left off, if this one continues it;
+    start: a picture to start a run from, instead of what ``config.init`` names.
+    picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
     notes: what has gone wrong so far.
     """
@@ -956,7 +958,7 @@ class Step:
     progress: the share of the work that is done, 0 to 1; a step at a larger size is more work.
     image: the picture as it is shown, (1, 3, H, W) in [0, 1]; smaller at coarse scales.
     losses: {"content", "style", "tv", "total"}, 0-d each, of the canvas before this step.
-    picture: the same at the size of its scale, which can be larger.
+    picture: the picture at the size of its scale, before it is shrunk to ``image``.
     job: what is being painted, and with which settings.
     """
 
@@ -988,9 +990,9 @@ class _Targets(NamedTuple):
 
 
 def _enlarge_for_supersampling(style: Tensor, size: _Size, config: StyleTransferConfig) -> Tensor:
-    """A painting, enlarged if it must be to keep up with a canvas larger than the result.
+    """A painting, enlarged with the canvas, so that strokes keep their size in the result.
 
-    So its strokes have the same size in the result as without supersampling.
+    It gets at most its own pixels times the supersampling, and is never shrunk here.
     """
     long_side = max(_size_of(style))
     wanted = config.supersampling * min(long_side, config.style_scale * max(size))
@@ -1102,8 +1104,8 @@ def paint(job: Job) -> Iterator[Step]:
                 )
                 # 2. How far is it from the photo, and from the style of the painting?
                 losses = _calculate_losses(canvas, features, statistics, targets, config)
-                # 3. Which way must each pixel change? The more pixels, the less each one matters:
-                # the factor, which the optimizers divide out, helps gradients survive float16.
+                # 3. Which way must each pixel change? The loss is a mean, so gradients shrink as
+                # the canvas grows; times numel() they survive float16. Optimizers ignore the scale.
                 (gradient,) = torch.autograd.grad(losses["total"] * canvas.numel(), canvas)
             # 4. Move.
             optimizer.step(gradient)

@@ -181,14 +181,14 @@ def test_the_direction_of_lbfgs_is_minus_the_inverse_hessian_of_bfgs_times_the_g
     """As equation 6.17 of Nocedal and Wright makes that matrix of the pairs."""
     optimizer = lbfgs(torch.randn(1, 3, 2, 2), 0.5)
     minimise(optimizer, torch.rand(1, 3, 2, 2) + 0.1, 4)
-    inverse_hessian = optimizer.gradient_factor * torch.eye(12)
+    inverse_hessian = optimizer.gamma * torch.eye(12)
     for s, y, rho in optimizer.pairs:
         project = torch.eye(12) - rho * torch.outer(s.flatten(), y.flatten())
         inverse_hessian = project @ inverse_hessian @ project.T
         inverse_hessian += rho * torch.outer(s.flatten(), s.flatten())
     assert len(optimizer.pairs) == 3
     s, y, _ = optimizer.pairs[-1]
-    assert optimizer.gradient_factor.item() == pytest.approx(((s * y).sum() / (y * y).sum()).item())
+    assert optimizer.gamma.item() == pytest.approx(((s * y).sum() / (y * y).sum()).item())
     gradient = torch.randn(1, 3, 2, 2)
     expected = -inverse_hessian @ gradient.flatten()
     torch.testing.assert_close(optimizer._direction(gradient).flatten(), expected)
