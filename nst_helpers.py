@@ -31,10 +31,12 @@ import functools
 import hashlib
 import html
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -116,6 +118,15 @@ __all__ = [
 
 class StyleTransferWarning(UserWarning):
     """Something differs from what was asked for; the work goes on, and the text says how."""
+
+
+def _warn(sentence: str) -> None:
+    """Warn about the caller's line, every time: by default, Python shows the same warning once."""
+    frame: Any = inspect.currentframe()
+    while frame.f_back is not None and frame.f_globals["__name__"] == __name__:
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(sentence, StyleTransferWarning, file, line, registry={})
 
 
 # ==================================================================================================
@@ -694,7 +705,7 @@ class _LBFGS:
         self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_LBFGS_HISTORY)
         self.last: tuple[Tensor, Tensor] | None = None  # s, and the gradient before that step
         # The book's γ: the initial inverse Hessian is this multiple of the identity.
-        self.gamma = torch.zeros((), device=canvas.device)
+        self.gamma: Tensor | float = 0.0
 
     @property
     def image(self) -> Tensor:
@@ -894,6 +905,37 @@ class _Regions(NamedTuple):
     shares: Sequence[float]  # R numbers: how much each region counts
 
 
+class _Targets(NamedTuple):
+    """What the network should see in the picture, at one scale."""
+
+    content: _Features  # {layer: (1, C, h, w)}
+    style: Mapping[str, Statistics]
+    region_shares: Sequence[float]
+
+
+def _calculate_losses(
+    targets: _Targets,
+    config: StyleTransferConfig,
+    canvas: Tensor,
+    features: _Features,
+    statistics: Mapping[str, Statistics],
+) -> dict[str, Tensor]:
+    """{"content", "style", "tv", "total"}, 0-d each.
+
+    The total is equation 7 of the paper, α × content + β × style, plus total variation.
+    """
+    weights = config.style_layer_weights
+    content = calculate_content_loss(features, targets.content)
+    style = calculate_style_loss(statistics, targets.style, weights, targets.region_shares)
+    tv = total_variation_loss(canvas)
+    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+    return {"content": content, "style": style, "tv": tv, "total": total}
+
+
+# Takes the canvas, its features and its statistics; gives the losses by their names.
+_Losses = Callable[[Tensor, _Features, Mapping[str, Statistics]], dict[str, Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that a run needs: checked pictures, settings, a network, and the scales to paint.
@@ -944,6 +986,28 @@ class Job:
         """The bounds of a pixel's values."""
         return 0.0, 1.0
 
+    def losses_from(self, targets: _Targets) -> _Losses:
+        """What calculates the losses of a canvas, from what the network sees in it."""
+        return functools.partial(_calculate_losses, targets, self.config)
+
+    def optimizer_for(self, scale: Scale, canvas: Tensor) -> _LBFGS | _Adam:
+        """The optimizer that ``config.optimizer`` names."""
+        limits = self.limits_at(scale)
+        if self.config.optimizer == "adam":
+            return _Adam(canvas, scale.lr, scale.steps, limits)
+        # Where strips save memory, this does too: bfloat16's 8 bits are enough for a history.
+        history_dtype = torch.bfloat16 if scale.strips > 0 else torch.float32
+        return _LBFGS(canvas, scale.lr, limits, history_dtype)
+
+    def differentiate(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
+        """The gradient of the loss; in part II, ``None`` if the step must be repeated.
+
+        The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive
+        float16. The optimizers ignore the scale.
+        """
+        (gradient,) = torch.autograd.grad(loss * canvas.numel(), canvas)
+        return gradient
+
     def finish(self, picture: Tensor) -> Tensor:
         """The picture to show: shrunk to the size of the photo if it is larger."""
         is_larger = max(_size_of(picture)) > max(_size_of(self.content))
@@ -969,24 +1033,6 @@ class Step:
     losses: Mapping[str, Tensor]
     picture: Tensor
     job: Job
-
-
-def _make_optimizer(job: Job, scale: Scale, canvas: Tensor) -> _LBFGS | _Adam:
-    """The optimizer that ``config.optimizer`` names."""
-    limits = job.limits_at(scale)
-    if job.config.optimizer == "adam":
-        return _Adam(canvas, scale.lr, scale.steps, limits)
-    # Where strips save memory, this does too: bfloat16's 8 bits are enough for a history.
-    history_dtype = torch.bfloat16 if scale.strips > 0 else torch.float32
-    return _LBFGS(canvas, scale.lr, limits, history_dtype)
-
-
-class _Targets(NamedTuple):
-    """What the network should see in the picture, at one scale."""
-
-    content: _Features  # {layer: (1, C, h, w)}
-    style: Mapping[str, Statistics]
-    region_shares: Sequence[float]
 
 
 def _enlarge_for_supersampling(style: Tensor, size: _Size, config: StyleTransferConfig) -> Tensor:
@@ -1060,25 +1106,6 @@ def _find_targets(
     return _Targets(features, targets, (1.0,) if regions is None else regions.shares)
 
 
-def _calculate_losses(
-    canvas: Tensor,
-    features: _Features,
-    statistics: Mapping[str, Statistics],
-    targets: _Targets,
-    config: StyleTransferConfig,
-) -> dict[str, Tensor]:
-    """{"content", "style", "tv", "total"}, 0-d each.
-
-    The total is equation 7 of the paper, α × content + β × style, plus total variation.
-    """
-    weights = config.style_layer_weights
-    content = calculate_content_loss(features, targets.content)
-    style = calculate_style_loss(statistics, targets.style, weights, targets.region_shares)
-    tv = total_variation_loss(canvas)
-    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
-    return {"content": content, "style": style, "tv": tv, "total": total}
-
-
 @torch.no_grad()
 def paint(job: Job) -> Iterator[Step]:
     """The method: optimise the pixels of a picture, from coarse to fine. Yields each step."""
@@ -1095,18 +1122,21 @@ def paint(job: Job) -> Iterator[Step]:
         guides = None if regions is None else regions.guides
         targets = _find_targets(network, content_here, styles, config, regions)
         canvas = _start_canvas(picture, content_here, config)
-        optimizer = _make_optimizer(job, scale, canvas)
-        for _ in range(scale.steps):
+        calculate_losses = job.losses_from(targets)
+        optimizer = job.optimizer_for(scale, canvas)
+        last = number + scale.steps
+        while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
                 features, statistics = network.look(
                     canvas, config.content_layers, config.style_layers, guides
                 )
                 # 2. How far is it from the photo, and from the style of the painting?
-                losses = _calculate_losses(canvas, features, statistics, targets, config)
-                # 3. Which way must each pixel change? The loss is a mean, so gradients shrink as
-                # the canvas grows; times numel() they survive float16. Optimizers ignore the scale.
-                (gradient,) = torch.autograd.grad(losses["total"] * canvas.numel(), canvas)
+                losses = calculate_losses(canvas, features, statistics)
+                # 3. Which way must each pixel change?
+                gradient = job.differentiate(losses["total"], canvas)
+            if gradient is None:
+                continue  # float16 overflowed: the same again, with a smaller factor
             # 4. Move.
             optimizer.step(gradient)
             picture = _crop(optimizer.image).clamp(0, 1)  # a copy: the canvas changes
@@ -1124,13 +1154,24 @@ def paint(job: Job) -> Iterator[Step]:
 # Less time and memory -----------------------------------------------------------------------------
 
 _ALL_BLOCKS = len(_VGG19_BLOCKS)
-_POSITIONS_AT_ONCE = 2**14  # multiplied at a time: no full-size float32 copy is made
+_POSITIONS_AT_ONCE = 2**14  # multiplied at a time on a CPU: no full-size float32 copy is made
 _STRIP_ROWS = 64  # rows of a block's input computed at once; even, so pooling splits no pair
 _FLOAT16_REDUCTION = 64  # float16's maximum is 65,504, and some features reach 20,000
 
 
+def _is_gpu(device: torch.device) -> bool:
+    """Whether a step waits for Python: then a few large operations beat many small ones."""
+    return device.type != "cpu"
+
+
+def _split(rows: Tensor) -> Sequence[Tensor]:
+    """The rows to multiply at a time: on a GPU, all."""
+    at_once = rows.shape[1] if _is_gpu(rows.device) else _POSITIONS_AT_ONCE
+    return rows.split(at_once, dim=1)
+
+
 class _SumsOfProducts(torch.autograd.Function):
-    """FᵀF, and below it the sums of the columns of F: (B, N, C) -> (B, C + 1, C), in float32.
+    """FᵀF, (B, C, C), and the sums of the columns of F, (B, C), in float32, of F (B, N, C).
 
     Autograd's own way makes a float32 copy of the features, which at relu1_1 (64 channels at full
     size) is the largest tensor of a run in half precision, and its gradient has the wrong memory
@@ -1138,27 +1179,19 @@ class _SumsOfProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.save_for_backward(rows)
-        batch, _, channels = rows.shape
-        sums = torch.zeros(batch, channels + 1, channels, device=rows.device)
-        for part in rows.split(_POSITIONS_AT_ONCE, dim=1):
-            part = part.float()
-            sums[:, :-1] += part.mT @ part
-            sums[:, -1] += part.sum(1)
-        return sums
+        found = [(part.mT @ part, part.sum(1)) for part in map(Tensor.float, _split(rows))]
+        products, sums = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
+        return products, sums
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, of_products: Tensor, of_sums: Tensor) -> Tensor:  # type: ignore[override]
         (rows,) = ctx.saved_tensors
-        of_products = grad[:, :-1]
-        of_sums = grad[:, -1:]
         both_halves = of_products + of_products.mT  # FᵀF is symmetric: each product appears twice
         result = torch.empty_like(rows)
-        parts = rows.split(_POSITIONS_AT_ONCE, dim=1)
-        targets = result.split(_POSITIONS_AT_ONCE, dim=1)
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part.float() @ both_halves + of_sums)
+        for target, part in zip(_split(result), _split(rows), strict=True):
+            target.copy_(part.float() @ both_halves + of_sums[:, None])
         return result
 
 
@@ -1167,8 +1200,8 @@ def _fast_statistics(features: Tensor, guide: Tensor | None = None) -> Statistic
     weighted = features if guide is None else features * guide.to(features.dtype)
     # Channels last is how the network's features are laid out in memory, so this copies nothing.
     rows = weighted.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
-    moments = _SumsOfProducts.apply(rows) / rows.shape[1]
-    gram, mean = moments[:, :-1], moments[:, -1]
+    products, sums = _SumsOfProducts.apply(rows)
+    gram, mean = products / rows.shape[1], sums / rows.shape[1]
     if guide is not None:
         mean = (features * guide.square().to(features.dtype)).float().mean((2, 3))
     return Statistics(gram, mean)
@@ -1348,8 +1381,104 @@ class _FastVGG19(VGG19Features):
         return outputs, x[:, :, rows]
 
 
-# Regions, luminance, keep -------------------------------------------------------------------------
+# Fewer operations on a GPU ------------------------------------------------------------------------
 
+
+class _FastLosses:
+    """The same as ``_calculate_losses`` to rounding; what a scale does not change is built once.
+
+    The statistics of all layers and regions are one long vector, and the style loss is a dot
+    product.
+    """
+
+    def __init__(self, targets: _Targets, config: StyleTransferConfig) -> None:
+        self.content = {layer: target.float() for layer, target in targets.content.items()}
+        self.layers = list(targets.style)
+        self.style = self._join(targets.style)
+        self.style_weights = self._weigh(targets, config)
+        weights = (config.content_weight, config.style_weight, config.tv_weight)
+        self.weights = self.style.new_tensor(weights)
+
+    def __call__(
+        self, canvas: Tensor, features: _Features, statistics: Mapping[str, Statistics]
+    ) -> dict[str, Tensor]:
+        """{"content", "style", "tv", "total"}, 0-d each."""
+        content = calculate_content_loss(features, self.content)
+        difference = self._join(statistics) - self.style
+        style = torch.dot(difference * self.style_weights, difference)
+        tv = total_variation_loss(canvas)
+        total = torch.dot(torch.stack([content, style, tv]), self.weights)
+        return {"content": content, "style": style, "tv": tv, "total": total}
+
+    def _join(self, statistics: Mapping[str, Statistics]) -> Tensor:
+        """The covariances and the means of all layers and regions, as one vector."""
+        parts = []
+        for layer in self.layers:
+            gram, mean = statistics[layer]
+            covariance = torch.baddbmm(gram, mean[:, :, None], mean[:, None, :], alpha=-1)
+            parts += [covariance.flatten(), mean.flatten()]
+        return torch.cat(parts)
+
+    def _weigh(self, targets: _Targets, config: StyleTransferConfig) -> Tensor:
+        """What each number of that vector counts."""
+        weights = []
+        for layer, weight in zip(self.layers, config.style_layer_weights, strict=True):
+            share_of_layer = weight / sum(config.style_layer_weights)
+            gram, mean = targets.style[layer]
+            covariance = gram - mean[:, :, None] * mean[:, None, :]
+            for target in (covariance, mean):
+                shares = share_of_layer * target.new_tensor(targets.region_shares)  # (R,)
+                norms = target.flatten(1).square().sum(1).clamp_min(_SMALLEST_NORM)
+                weights.append((shares / norms).repeat_interleave(target[0].numel()))
+        return torch.cat(weights)
+
+
+class _StackedLBFGS(_LBFGS):
+    """The same as ``_LBFGS`` to rounding, with s, y and the gradient as the rows of one matrix.
+
+    All their dot products are one matrix product, and one copy to the CPU. There the two-loop
+    recursion finds how much of each row makes the direction, which is a second product: Chen, Wang
+    and Zhou, "Large-scale L-BFGS using MapReduce" (2014).
+    """
+
+    def _remember(self, s: Tensor, old_gradient: Tensor, gradient: Tensor) -> None:
+        y = gradient - old_gradient
+        self.pairs.append((s.flatten(), y.flatten(), y))  # there is no ρ here
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        """Minus the approximate inverse Hessian times the gradient."""
+        if not self.pairs:
+            return super()._direction(gradient)
+        steps, changes, _ = zip(*self.pairs, strict=True)
+        rows = torch.stack([*steps, *changes, gradient.flatten()])
+        shares = self._shares((rows @ rows.mT).tolist())
+        return (torch.tensor(shares, device=rows.device) @ rows).view_as(gradient)
+
+    def _shares(self, dots: Sequence[Sequence[float]]) -> list[float]:
+        """How much of each row makes the direction: algorithm 7.4 again, in these coordinates."""
+        count = len(self.pairs)
+        curvatures = [dots[k][count + k] for k in range(count)]  # sᵀy
+        lengths = [math.sqrt(dots[k][k] * dots[count + k][count + k]) for k in range(count)]
+        sound = [k for k in range(count) if curvatures[k] > _LEAST_COSINE * lengths[k]]
+        if count - 1 in sound:
+            self.gamma = curvatures[-1] / dots[-2][-2]  # the newest pair's; see ``_remember``
+        shares = [0.0] * (2 * count) + [-1.0]
+        alphas = {}
+        for k in reversed(sound):
+            alphas[k] = sum(map(operator.mul, dots[k], shares)) / curvatures[k]
+            shares[count + k] -= alphas[k]
+        shares = [float(self.gamma) * share for share in shares]
+        for k in sound:
+            beta = sum(map(operator.mul, dots[count + k], shares)) / curvatures[k]
+            shares[k] += alphas[k] - beta
+        return shares
+
+
+# Regions, luminance, keep, float16 ----------------------------------------------------------------
+
+_FACTOR_CHANGE = 8  # after an overflow in float16
+_STEPS_TO_GROW = 20
+_LEAST_FACTOR = 8.0**-6
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
@@ -1378,6 +1507,29 @@ def _stride_of(layer: str) -> int:
     return 2 ** (_block_of(layer) - 1)
 
 
+@dataclass(eq=False)
+class _Factor:
+    """What the loss is multiplied by, so that its gradient fits into float16.
+
+    As in torch's GradScaler, which needs an optimizer of torch's: smaller after an overflow, and
+    larger again after a number of steps without one.
+    """
+
+    value: float = 1.0
+    steps: int = 0  # since it last changed
+
+    def grow(self) -> None:
+        """After a step without an overflow."""
+        self.steps += 1
+        if self.value < 1 and self.steps == _STEPS_TO_GROW:
+            self.value, self.steps = self.value * _FACTOR_CHANGE, 0
+
+    def shrink(self) -> bool:
+        """After an overflow; ``False`` if the factor has run out."""
+        self.value, self.steps = self.value / _FACTOR_CHANGE, 0
+        return self.value >= _LEAST_FACTOR
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _OptionsJob(Job):
     """A job with every option.
@@ -1388,6 +1540,7 @@ class _OptionsJob(Job):
 
     masks: Sequence[Tensor] = ()
     keep: Tensor | None = None
+    factor: _Factor = field(default_factory=_Factor)
 
     def match_palettes(self) -> tuple[Tensor, Sequence[Tensor]]:
         """The photo in the palettes of the paintings, or the other way round.
@@ -1444,6 +1597,38 @@ class _OptionsJob(Job):
         darkest, lightest = _luminance_limits(resize(self.content, scale.size))
         return _pad(darkest), _pad(lightest)
 
+    def losses_from(self, targets: _Targets) -> _Losses:
+        """What calculates the losses of a canvas."""
+        is_gpu = _is_gpu(self.network.device)
+        return _FastLosses(targets, self.config) if is_gpu else super().losses_from(targets)
+
+    def optimizer_for(self, scale: Scale, canvas: Tensor) -> _LBFGS | _Adam:
+        """The optimizer that ``config.optimizer`` names."""
+        optimizer = super().optimizer_for(scale, canvas)
+        has_history = isinstance(optimizer, _LBFGS) and scale.strips == 0
+        if has_history and _is_gpu(self.network.device):
+            return _StackedLBFGS(canvas, scale.lr, optimizer.limits, torch.float32)
+        return optimizer
+
+    def differentiate(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
+        """The gradient of the loss, or ``None`` after an overflow, with a smaller factor from now.
+
+        Raises ``FloatingPointError`` if the loss itself is a NaN or an infinity, or if smaller
+        factors do not help.
+        """
+        factor = self.factor.value
+        gradient = super().differentiate(loss * factor, canvas)
+        assert gradient is not None
+        # The one wait for a GPU in a step. Squares: the optimizers' dot products stay finite too.
+        size = gradient.square().sum() + loss
+        if math.isfinite(size.item()):
+            self.factor.grow()
+            return gradient / factor
+        is_half = self.network.dtype == torch.float16
+        if not is_half or not loss.isfinite() or not self.factor.shrink():
+            raise FloatingPointError
+        return None
+
     def finish(self, picture: Tensor) -> Tensor:
         """The picture to show: with the photo's chroma, and the photo itself where it is kept."""
         picture = super().finish(picture)
@@ -1462,10 +1647,49 @@ _TENSOR_CORES = (7, 0)  # compute capability of the first of NVIDIA's GPUs that 
 _AMPERE = (8, 0)
 
 
+def _convolve(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest result of a small convolution, 576, once it is done."""
+    ones = torch.ones(1, 64, 32, 32, dtype=dtype, device=device)
+    ones = ones.contiguous(memory_format=torch.channels_last)
+    kernel = torch.ones(64, 64, 3, 3, dtype=dtype, device=device)
+    return nn.functional.conv2d(ones, kernel, padding=1).max().item()
+
+
+def _has_code_for(capability: tuple[int, int]) -> bool:
+    """Whether this torch was built for NVIDIA's GPUs of this compute capability.
+
+    Code for sm_80 runs on 8.x from 8.0 on. compute_80 is compiled when needed, on any later GPU.
+    """
+    for name in torch.cuda.get_arch_list():
+        kind, number = name.split("_")
+        built_for = divmod(int(re.sub(r"\D", "", number)), 10)
+        same_major = kind == "compute" or built_for[0] == capability[0]
+        if same_major and built_for <= capability:
+            return True
+    return False
+
+
+def _why_unusable(device: torch.device) -> str:
+    """Why this torch cannot use a CUDA device; empty if it can."""
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    install = "see pytorch.org for a version that does"
+    # On AMD's GPUs, the numbers mean something else.
+    if torch.version.hip is None and not _has_code_for((major, minor)):
+        return f"torch {torch.__version__} does not support {name} (sm_{major}{minor}): {install}"
+    try:
+        _convolve(device, torch.float32)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        return f"torch {torch.__version__} does not work on {name} ({reason}): {install}"
+    return ""
+
+
 def _pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
 
-    ``ValueError`` if this machine does not have it.
+    ``ValueError`` if this machine does not have it, or has a GPU that this torch cannot use;
+    "auto" is the CPU then, with a ``StyleTransferWarning``.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -1477,20 +1701,25 @@ def _pick_device(name: str) -> torch.device:
     if chosen not in available:
         allowed = f"{', '.join(map(repr, ['auto', *available]))} on this machine"
         raise ValueError(f"device must be {allowed}, not {chosen!r}.")
-    return torch.device(chosen)
+    device = torch.device(chosen)
+    problem = _why_unusable(device) if device.type == "cuda" else ""
+    if problem and name == "auto":
+        _warn(f"The CPU is used, since {problem}.")
+        return torch.device("cpu")
+    if problem:
+        raise ValueError(f"device must be 'cpu' here, not {chosen!r}: {problem}.")
+    return device
 
 
 @functools.cache
-def _bfloat16_is_faster() -> bool:
+def _bfloat16_is_faster(device: torch.device) -> bool:
     """Some CPUs convolve in bfloat16 at twice the speed of float32, some at half: a trial tells.
 
     It takes a few milliseconds, once in a process.
     """
     seconds = {}
-    ones = torch.ones(1, 64, 32, 32).contiguous(memory_format=torch.channels_last)
     for dtype in (torch.float32, torch.bfloat16):
-        kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
-        convolve = functools.partial(nn.functional.conv2d, ones.to(dtype), kernel, padding=1)
+        convolve = functools.partial(_convolve, device, dtype)
         seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=10))
     return seconds[torch.bfloat16] * 1.25 < seconds[torch.float32]
 
@@ -1498,13 +1727,15 @@ def _bfloat16_is_faster() -> bool:
 def _pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of the convolutions; ``ValueError`` if ``device`` does not have it.
 
-    "auto" is, on CUDA, bfloat16 from Ampere on, and float16 on the tensor cores before; on a CPU,
-    whichever of bfloat16 and float32 is faster. Set it explicitly for bit-identical runs.
+    "auto" is, on CUDA, bfloat16 from Ampere on, and float16 on the tensor cores before, unless a
+    trial overflows; on a CPU or an AMD GPU, whichever of bfloat16 and float32 is faster. Set it
+    explicitly for bit-identical runs.
     """
-    is_cuda = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if is_cuda else (0, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    is_timed = device.type == "cpu" or (device.type == "cuda" and not is_nvidia)
+    capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
     available = ["auto", "float32", "float16"]
-    if device.type == "cpu" or capability >= _AMPERE:
+    if is_timed or capability >= _AMPERE:
         available.append("bfloat16")
     if precision not in available:
         allowed = f"one of {', '.join(map(repr, available))} on {device}"
@@ -1513,9 +1744,10 @@ def _pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         return getattr(torch, precision)
     if capability >= _AMPERE:
         return torch.bfloat16
-    if capability >= _TENSOR_CORES:
+    # The GTX 16xx look as if they had tensor cores, and give NaN in float16.
+    if capability >= _TENSOR_CORES and math.isfinite(_convolve(device, torch.float16)):
         return torch.float16
-    is_faster = device.type == "cpu" and _bfloat16_is_faster()
+    is_faster = is_timed and _bfloat16_is_faster(device)
     return torch.bfloat16 if is_faster else torch.float32
 
 
@@ -1530,6 +1762,7 @@ _HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 _SLOWDOWN = {0: 1.0, 1: 1.15, _ALL_BLOCKS: 2.2}  # by the number of blocks in strips
 _TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
 _TRIAL_STEPS = 4
+_CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 
 def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
@@ -1566,26 +1799,50 @@ def _container_bytes(folder: Path) -> float:
     return max(0, limit - used + cache)
 
 
+def _container_cpus(folder: Path) -> float:
+    """How many CPUs this process's container may use at a time; infinite without a limit.
+
+    Otherwise torch starts a thread for every core of the host, and they wait for each other.
+    """
+    try:
+        quota, period = map(int, (folder / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # no container, or "max"
+        return math.inf
+    return quota / period
+
+
+@contextlib.contextmanager
+def _fitting_threads() -> Iterator[None]:
+    """No more threads than the container has CPUs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, math.floor(min(threads, _container_cpus(_CONTAINER)))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _free_bytes(device: torch.device) -> float:
     """The bytes that a run on ``device`` may still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
-    return min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup")))
+    return min(psutil.virtual_memory().available, _container_bytes(_CONTAINER))
 
 
 def _plan_strips(job: Job) -> Job:
     """The job with strips at the scales that need them.
 
     With ``checkpoint``, all blocks are in strips. Otherwise the first, which needs the most memory,
-    is at a scale larger than the result: so that supersampling takes little more.
+    is on a CPU at a scale larger than the result: so that supersampling takes little more.
     """
     half_of_free = _free_bytes(job.network.device) / 2
     result = max(_size_of(job.content))
     scales = []
     for scale in job.scales:
-        strips = 1 if max(scale.size) > result else 0
+        is_large = max(scale.size) > result
+        strips = 1 if is_large and not _is_gpu(job.network.device) else 0
         is_short = _bytes_needed(job, scale.size, strips) > half_of_free
         if job.config.checkpoint is True or (job.config.checkpoint == "auto" and is_short):
             strips = _ALL_BLOCKS
@@ -1609,18 +1866,6 @@ def _check_memory(job: Job) -> None:
         if largest == 0:
             raise ValueError(f"No picture fits into {memory}: close other programs.")
         raise ValueError(f"max_size must be at most {largest} for {memory}, not {wanted}.")
-
-
-def _measure_seconds_per_pixel(job: Job) -> float:
-    """Seconds that a step takes for each pixel, from a few steps at one small size."""
-    content = shrink_to(job.content, _TRIAL_SIDES[job.network.device.type])
-    scale = Scale(_size_of(content), _TRIAL_STEPS, job.config.learning_rate)
-    ends = []
-    for step in paint(replace(job, content=content, start=None, scales=[scale])):
-        step.losses["total"].item()  # waits for a GPU
-        ends.append(time.perf_counter())
-    fastest = min(end - begin for begin, end in itertools.pairwise(ends))
-    return fastest / _padded_pixels(scale.size)
 
 
 def _keep_freed_memory(keep: bool) -> None:
@@ -1729,27 +1974,40 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
     thing: float32, strips, or a smaller size.
     """
     good: Step | None = None
-    try:
-        while True:
-            _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
-            try:
-                for step in _taking_turns(paint(job)):
-                    checksum = step.losses["total"] + step.picture.sum()
-                    if not checksum.isfinite():  # the one wait for a GPU in a step
-                        raise FloatingPointError
-                    good = step
-                    yield step
-                return
-            except FloatingPointError:
-                job = _in_float32(_what_is_left(job, good))
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                job = _in_less_memory(_what_is_left(job, good))
-            # The error is gone by now, and with it the memory that its traceback held.
-            warnings.warn(job.notes[-1], StyleTransferWarning, stacklevel=2)
-    finally:
-        _keep_freed_memory(False)
+    with _fitting_threads():
+        try:
+            while True:
+                _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
+                try:
+                    for step in _taking_turns(paint(job)):
+                        good = step
+                        yield step
+                    return
+                except FloatingPointError:
+                    job = _in_float32(_what_is_left(job, good))
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    job = _in_less_memory(_what_is_left(job, good))
+                # The error is gone by now, and with it the memory that its traceback held.
+                _warn(job.notes[-1])
+        finally:
+            _keep_freed_memory(False)
+
+
+def _measure_seconds_per_pixel(job: Job) -> float:
+    """Seconds that a step takes for each pixel, from a few steps at one small size."""
+    content = shrink_to(job.content, _TRIAL_SIDES[job.network.device.type])
+    scale = Scale(_size_of(content), _TRIAL_STEPS, job.config.learning_rate)
+    trial = replace(job, content=content, start=None, scales=[scale])
+    ends = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StyleTransferWarning)  # the run will give them
+        for step in _with_fallbacks(trial):
+            step.losses["total"].item()  # waits for a GPU
+            ends.append(time.perf_counter())
+    fastest = min(end - begin for begin, end in itertools.pairwise(ends))
+    return fastest / _padded_pixels(scale.size)
 
 
 # The public entry ---------------------------------------------------------------------------------
@@ -1995,7 +2253,7 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
         converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
     except ImageCms.PyCMSError as error:
         problem = f"The colour profile of {name} cannot be used, so its colours may be off: {error}"
-        warnings.warn(problem, StyleTransferWarning, stacklevel=2)
+        _warn(problem)
         return rgb
     return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
@@ -2116,7 +2374,7 @@ def _to_png(picture: Step | Tensor, photo: _Source | None, paintings: Sequence[_
                 pil_picture.putalpha(alpha.resize(pil_picture.size, Image.Resampling.LANCZOS))
         except (OSError, ValueError) as error:  # the file may be gone by now
             problem = f"The picture is saved without the photo's transparency, if any: {error}"
-            warnings.warn(problem, StyleTransferWarning, stacklevel=3)
+            _warn(problem)
     texts = PngImagePlugin.PngInfo()
     if isinstance(picture, Step):
         texts.add_text(_RECORD_KEY, json.dumps(_make_record(picture, photo, paintings)))
@@ -2212,7 +2470,7 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
             except OSError as error:
                 problem = f"The run goes on without its latest picture on disk. {error}"
                 if not has_warned:
-                    warnings.warn(problem, StyleTransferWarning, stacklevel=2)
+                    _warn(problem)
                 has_warned = True
         yield step
     for partial in partials:
@@ -2261,7 +2519,7 @@ def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
     own = [known for known in _OWN_PICTURES if known in str(record.get("own_pictures"))]
     if own:
         advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
-        warnings.warn(advice, StyleTransferWarning, stacklevel=2)
+        _warn(advice)
     for setting, precision in (("device", "auto"), ("precision", config.precision)):
         try:
             _pick_dtype(precision, _pick_device(config.device))
@@ -2269,7 +2527,7 @@ def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
             if setting in given:
                 raise
             problem = f"The {setting} of {name} is 'auto' now: {error}"
-            warnings.warn(problem, StyleTransferWarning, stacklevel=2)
+            _warn(problem)
             settings[setting] = "auto"
             config = StyleTransferConfig(**settings)
     return config
@@ -2385,7 +2643,7 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
             raise
     bundled = _bundled_weights(layers)
     notice = "The weights of torchvision could not be downloaded, so the bundled ones are used."
-    warnings.warn(f"{notice} Nothing to do.", StyleTransferWarning, stacklevel=3)
+    _warn(f"{notice} Nothing to do.")
     return bundled
 
 

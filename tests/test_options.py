@@ -215,7 +215,7 @@ def test_strips_are_used_where_they_are_asked_for_or_memory_is_short(
     step = last(nst.stylize(*pair, config, network=vgg))
     assert [scale.strips for scale in step.job.scales] == strips
     assert [network.strips for network, _, of_canvas in looks if of_canvas] == strips
-    optimizer = nst._make_optimizer(step.job, step.job.scales[-1], pair[0])
+    optimizer = step.job.optimizer_for(step.job.scales[-1], pair[0])
     assert optimizer.history_dtype == (torch.bfloat16 if strips[-1] else torch.float32)
 
 
@@ -267,7 +267,7 @@ def test_what_is_free_depends_on_the_container_the_machine_and_the_device(monkey
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_anon 900\ninactive_file 50\nslab 7\n")
     monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: SimpleNamespace(available=400))
-    monkeypatch.setattr(nst, "Path", lambda folder: tmp_path)
+    monkeypatch.setattr(nst, "_CONTAINER", tmp_path)
     for limit, expected in (("1000", 350), ("600", 0), ("2000", 400), ("max", 400)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert nst._free_bytes(CPU) == expected
@@ -519,10 +519,19 @@ def test_the_estimate_times_the_fastest_of_a_few_small_steps(monkeypatch, shallo
     assert found.seconds_per_pixel == pytest.approx(RATE)
 
 
-def have_devices(monkeypatch, gpus=0, mps=False, capability=(8, 0)):
+ARCHES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "compute_90")
+
+
+def have_devices(
+    monkeypatch, gpus=0, mps=False, capability=(8, 0), arch_list=ARCHES, trial=None
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Model 7")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch_list)
+    convolve = nst._convolve
+    monkeypatch.setattr(nst, "_convolve", lambda device, dtype: trial or convolve(CPU, dtype))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
@@ -557,7 +566,7 @@ def test_precision_on_a_gpu_is_what_its_tensor_cores_have(monkeypatch, capabilit
 def test_auto_precision_on_a_cpu_is_bfloat16_if_that_is_clearly_faster(monkeypatch, seconds):
     taken = {torch.float32: 1.0, torch.bfloat16: seconds}
     monkeypatch.setattr(
-        nst.timeit, "repeat", lambda convolve, **_: [9.0, taken[convolve.args[0].dtype], 9.0]
+        nst.timeit, "repeat", lambda convolve, **_: [9.0, taken[convolve.args[1]], 9.0]
     )
     monkeypatch.setattr(nst, "_bfloat16_is_faster", nst._bfloat16_is_faster.__wrapped__)  # uncached
     expected = torch.bfloat16 if seconds < 0.8 else torch.float32
