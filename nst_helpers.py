@@ -1002,8 +1002,8 @@ class Job:
     def differentiate(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
         """The gradient of the loss; in part II, ``None`` if the step must be repeated.
 
-        The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive
-        float16. The optimizers ignore the scale.
+        The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive half
+        precision. The optimizers ignore the scale.
         """
         (gradient,) = torch.autograd.grad(loss * canvas.numel(), canvas)
         return gradient
@@ -1384,18 +1384,42 @@ class _FastVGG19(VGG19Features):
 # Fewer operations on a GPU ------------------------------------------------------------------------
 
 
+class _Covariance(torch.autograd.Function):
+    """C = G − μμᵀ of (R, C, C) and (R, C), with a gradient in two operations; G is symmetric."""
+
+    @staticmethod
+    def forward(ctx, gram: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(mean)
+        return torch.baddbmm(gram, mean[:, :, None], mean[:, None, :], alpha=-1)
+
+    @staticmethod
+    def backward(ctx, of_covariance: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (mean,) = ctx.saved_tensors
+        column = mean[:, :, None]
+        of_mean = torch.baddbmm(column, of_covariance, column, beta=0, alpha=-2)
+        return of_covariance, of_mean[:, :, 0]
+
+
+def _squared_distance(value: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(value, target, reduction="sum")
+
+
 class _FastLosses:
     """The same as ``_calculate_losses`` to rounding; what a scale does not change is built once.
 
-    The statistics of all layers and regions are one long vector, and the style loss is a dot
-    product.
+    The statistics of all layers and regions are one long vector. Each of its numbers is multiplied
+    by the root of what it counts, so that the style loss is one squared distance.
     """
 
     def __init__(self, targets: _Targets, config: StyleTransferConfig) -> None:
         self.content = {layer: target.float() for layer, target in targets.content.items()}
+        self.content_weights = {}
+        for layer, target in self.content.items():
+            norm = target.square().sum().clamp_min(_SMALLEST_NORM)
+            self.content_weights[layer] = 1 / (norm * len(self.content))
         self.layers = list(targets.style)
+        self.roots = self._weigh(targets, config).sqrt()
         self.style = self._join(targets.style)
-        self.style_weights = self._weigh(targets, config)
         weights = (config.content_weight, config.style_weight, config.tv_weight)
         self.weights = self.style.new_tensor(weights)
 
@@ -1403,21 +1427,25 @@ class _FastLosses:
         self, canvas: Tensor, features: _Features, statistics: Mapping[str, Statistics]
     ) -> dict[str, Tensor]:
         """{"content", "style", "tv", "total"}, 0-d each."""
-        content = calculate_content_loss(features, self.content)
-        difference = self._join(statistics) - self.style
-        style = torch.dot(difference * self.style_weights, difference)
-        tv = total_variation_loss(canvas)
+        distances = [
+            _squared_distance(features[layer].float(), target) * self.content_weights[layer]
+            for layer, target in self.content.items()
+        ]
+        content = functools.reduce(torch.add, distances)
+        style = _squared_distance(self._join(statistics), self.style)
+        across = nn.functional.mse_loss(canvas[..., 1:], canvas[..., :-1])
+        down = nn.functional.mse_loss(canvas[..., 1:, :], canvas[..., :-1, :])
+        tv = across + down
         total = torch.dot(torch.stack([content, style, tv]), self.weights)
         return {"content": content, "style": style, "tv": tv, "total": total}
 
     def _join(self, statistics: Mapping[str, Statistics]) -> Tensor:
-        """The covariances and the means of all layers and regions, as one vector."""
+        """The covariances and the means of all layers and regions, as one weighted vector."""
         parts = []
         for layer in self.layers:
             gram, mean = statistics[layer]
-            covariance = torch.baddbmm(gram, mean[:, :, None], mean[:, None, :], alpha=-1)
-            parts += [covariance.flatten(), mean.flatten()]
-        return torch.cat(parts)
+            parts += [_Covariance.apply(gram, mean).flatten(), mean.flatten()]
+        return torch.cat(parts) * self.roots
 
     def _weigh(self, targets: _Targets, config: StyleTransferConfig) -> Tensor:
         """What each number of that vector counts."""
@@ -1425,8 +1453,7 @@ class _FastLosses:
         for layer, weight in zip(self.layers, config.style_layer_weights, strict=True):
             share_of_layer = weight / sum(config.style_layer_weights)
             gram, mean = targets.style[layer]
-            covariance = gram - mean[:, :, None] * mean[:, None, :]
-            for target in (covariance, mean):
+            for target in (_Covariance.apply(gram, mean), mean):
                 shares = share_of_layer * target.new_tensor(targets.region_shares)  # (R,)
                 norms = target.flatten(1).square().sum(1).clamp_min(_SMALLEST_NORM)
                 weights.append((shares / norms).repeat_interleave(target[0].numel()))
@@ -1617,13 +1644,12 @@ class _OptionsJob(Job):
         factors do not help.
         """
         factor = self.factor.value
-        gradient = super().differentiate(loss * factor, canvas)
-        assert gradient is not None
+        (gradient,) = torch.autograd.grad(loss * (canvas.numel() * factor), canvas)
         # The one wait for a GPU in a step. Squares: the optimizers' dot products stay finite too.
         size = gradient.square().sum() + loss
         if math.isfinite(size.item()):
             self.factor.grow()
-            return gradient / factor
+            return gradient if factor == 1 else gradient / factor
         is_half = self.network.dtype == torch.float16
         if not is_half or not loss.isfinite() or not self.factor.shrink():
             raise FloatingPointError
