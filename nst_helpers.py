@@ -663,7 +663,7 @@ def match_colors(image: Tensor, target: Tensor) -> Tensor:
     from_image = _covariance_power(pixels, -0.5, least=_LEAST_VARIANCE)
     centred = pixels - pixels.mean(1, keepdim=True)
     matched = to_target @ from_image @ centred + target_pixels.mean(1, keepdim=True)
-    return matched.view_as(image).to(image)
+    return matched.to(image.dtype).view(image.shape).to(image.device)
 
 
 # Optimizers ---------------------------------------------------------------------------------------
@@ -3002,34 +3002,44 @@ def _download_link(name: str, address: str) -> str:
 
 
 def _is_in_colab() -> bool:
-    return "google.colab" in sys.modules
+    """Whether the kernel is Colab's. Kaggle's image has Colab's package too, but not its page."""
+    return type(get_ipython()).__module__.startswith("google.colab")
 
 
 def choose_pictures(photo: str, painting: str) -> dict[str, _Source]:
     """{"photo": ..., "painting": ...}, as given; Colab asks for a file that is not there.
 
-    An upload is kept as bytes: its name is never used as a path.
+    An upload is kept as bytes: its name is never used as a path. A ``StyleTransferWarning`` says
+    what to do where Colab's upload does not work.
     """
     sources: dict[str, _Source] = {"photo": photo, "painting": painting}
     for which, path in (("photo", photo), ("painting", painting)):
         if _is_in_colab() and not os.path.exists(path):
-            from google.colab import files
-
             print(f"Choose a {which}.")
-            for data in files.upload().values():
+            try:
+                from google.colab import files
+
+                uploaded = files.upload()
+            except Exception:  # in VS Code, or where the browser blocks third-party cookies
+                advice = "drag the file into the Files pane and name it in Settings"
+                _warn(f"Colab's upload does not work here: use the panel's, or {advice}.")
+                break
+            for data in uploaded.values():
                 sources[which] = data
     return sources
 
 
 def offer_download(path: Path) -> None:
     """In Colab, the browser downloads the file at once; elsewhere, a link to it is shown."""
+    address = html.escape(path.as_posix())
     if _is_in_colab():
-        from google.colab import files
+        try:
+            from google.colab import files
 
-        files.download(str(path))
-    else:
-        address = html.escape(path.as_posix())
-        display(HTML(f"Saved as {address}. {_download_link(path.name, address)}"))
+            return files.download(str(path))
+        except Exception:  # as for an upload
+            address = _data_address(path.read_bytes(), path.suffix[1:])
+    display(HTML(f"Saved as {html.escape(path.as_posix())}. {_download_link(path.name, address)}"))
 
 
 # The panel ----------------------------------------------------------------------------------------
@@ -3101,7 +3111,7 @@ class Panel(widgets.VBox):
     config, sources: what the panel shows first; sources is {"photo": ..., "painting": ...}, each
         as ``load_image`` takes it.
     folder: where pictures are saved.
-    network: what ``load_network`` gave, to reuse.
+    network: what ``load_network`` gave, to reuse; otherwise the panel loads its own.
     earlier: the panel that this one replaces when its cell is run again. What was uploaded there
         stays, unless ``sources`` names other files now.
 
@@ -3126,7 +3136,7 @@ class Panel(widgets.VBox):
             kept = {which for which in sources if earlier.first_sources[which] == sources[which]}
             self.sources.update({which: earlier.sources[which] for which in kept})
         self.folder = folder
-        self.network = load_network(config) if network is None else network
+        self.network = network
         self.pictures: dict[str, Tensor] = {}  # the sources, loaded
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
@@ -3177,12 +3187,19 @@ class Panel(widgets.VBox):
         """The latest step of the latest run."""
         return None if self.run is None else self.run.step
 
+    def _load_network(self) -> VGG19Features:
+        if self.network is None:  # late, so that an error is a sentence in the panel
+            self.network = load_network(self.first_config)
+        return self.network
+
+    def _load_picture(self, source: _Source) -> Tensor:
+        return load_image(source, self.config.max_size, device=self._load_network().device)
+
     def load(self) -> list[Tensor]:
         """The photo and the painting, at the size at which they are painted."""
         for which, source in self.sources.items():
             if which not in self.pictures:
-                size, device = self.config.max_size, self.network.device
-                self.pictures[which] = load_image(source, size, device=device)
+                self.pictures[which] = self._load_picture(source)
         return [self.pictures["photo"], self.pictures["painting"]]
 
     def _say(self, sentence: str) -> None:
@@ -3191,8 +3208,8 @@ class Panel(widgets.VBox):
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
         if self.is_painting:
             return "The estimate will appear when the run ends."
-        known = self.seconds_per_pixel
-        needed = estimate(photo, painting, self.config, self.network, seconds_per_pixel=known)
+        known, network = self.seconds_per_pixel, self._load_network()
+        needed = estimate(photo, painting, self.config, network, seconds_per_pixel=known)
         self.seconds_per_pixel = needed.seconds_per_pixel
         height, width = _size_of(photo)
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
@@ -3214,7 +3231,7 @@ class Panel(widgets.VBox):
         for file in files.values() if isinstance(files, dict) else files:  # a dict in ipywidgets 7
             data = bytes(file["content"])
             try:
-                picture = load_image(data, self.config.max_size, device=self.network.device)
+                picture = self._load_picture(data)
             except Exception as error:
                 self._say(f"Not used: {_sentence_of(error)} The {which} is unchanged.")
                 return

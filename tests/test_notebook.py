@@ -142,9 +142,27 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
 
 def test_without_the_module_outside_colab_the_first_cell_asks_for_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"nst_helpers\.py.*{tmp_path}.*--cwd"):
+        exec(code[0].source, {"get_ipython": lambda: None})
+
+
+@pytest.mark.parametrize("has_input", [False, True])
+def test_on_kaggle_the_project_comes_from_an_input(monkeypatch, tmp_path, has_input):
+    """Kaggle's image has google.colab too; https://www.kaggle.com/docs/notebooks on inputs."""
+    working, project = tmp_path / "working", tmp_path / "kaggle" / "input" / "any" / "project"
+    working.mkdir()
+    (tmp_path / "kaggle").mkdir()
+    monkeypatch.chdir(working)
     monkeypatch.setitem(sys.modules, "google.colab", None)
-    with pytest.raises(FileNotFoundError, match=r"nst_helpers\.py"):
-        exec(code[0].source, {})
+    source = code[0].source.replace("/kaggle", str(tmp_path / "kaggle"))
+    if has_input:
+        (project / "images").mkdir(parents=True)
+        (project / "nst_helpers.py").write_text("here")
+        exec(source, {"get_ipython": lambda: None})
+        assert sorted(path.name for path in working.iterdir()) == ["images", "nst_helpers.py"]
+    else:
+        with pytest.raises(FileNotFoundError, match="Add Input"):
+            exec(source, {"get_ipython": lambda: None})
 
 
 # Like Colab's: an upload is written to the current folder and given as {name: bytes}. The browser
@@ -180,7 +198,11 @@ def test_in_colab_the_notebook_alone_asks_for_what_is_missing_and_downloads_the_
         (package / name).write_text(text)
     notebook = nbformat.read(NOTEBOOK, 4)
     set_forms(notebook, **SMALL)
-    start_of_colab = "import google.colab.files  # Colab imports it before any cell runs"
+    # Colab's kernel has a shell of its own class; see google.colab._kernel.
+    start_of_colab = """
+shell = get_ipython()
+shell.__class__ = type("Shell", (type(shell),), {"__module__": "google.colab._shell"})
+"""
     notebook.cells.insert(0, nbformat.v4.new_code_cell(start_of_colab))
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     resources = {"metadata": {"path": str(content)}}

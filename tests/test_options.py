@@ -522,9 +522,7 @@ def test_the_estimate_times_the_fastest_of_a_few_small_steps(monkeypatch, shallo
 ARCHES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "compute_90")
 
 
-def have_devices(
-    monkeypatch, gpus=0, mps=False, capability=(8, 0), arch_list=ARCHES, trial=None
-):
+def have_devices(monkeypatch, gpus=0, mps=False, capability=(8, 0), arch_list=ARCHES, trial=None):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import ipywidgets
 import pytest
 import torch
-from conftest import IMAGES, NO_SPACE, SHALLOW, encoded, fail, last, record_in
+from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, record_in
 from PIL import Image
 from traitlets import Bunch
 
@@ -43,7 +43,48 @@ def colab(monkeypatch):
     package.files = files
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", package)
+    shell = type("Shell", (), {"__module__": "google.colab._shell"})()
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
     return files
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list[object]:
+    """What is displayed."""
+    shown = []
+    monkeypatch.setattr(nst, "display", shown.append)
+    return shown
+
+
+def test_the_kernel_is_asked_and_not_the_packages(monkeypatch, colab):
+    """Kaggle's image is built on Colab's: the package is there, the page that answers is not."""
+    assert nst._is_in_colab()
+    monkeypatch.setattr(nst, "get_ipython", lambda: None)
+    assert not nst._is_in_colab()
+    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
+    assert nst.choose_pictures(**missing) == missing
+
+
+# As in VS Code (googlecolab/colab-vscode, issue 276) and where third-party cookies are blocked
+# (googlecolab/colabtools, issue 1513).
+BROKEN = RuntimeError("TypeError: Cannot read property '_uploadFiles' of undefined")
+
+
+def test_where_colabs_upload_fails_a_sentence_says_what_to_do(colab):
+    colab.upload = fail(BROKEN)
+    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
+    with pytest.warns(nst.StyleTransferWarning, match="Files pane") as caught:
+        assert nst.choose_pictures(**missing) == missing
+    assert len(caught) == 1
+
+
+def test_where_colabs_download_fails_a_link_holds_the_file(colab, displayed, tmp_path):
+    colab.download = fail(BROKEN)
+    path = tmp_path / "picture.png"
+    path.write_bytes(CHELSEA)
+    nst.offer_download(path)
+    (shown,) = displayed
+    assert f'download="{path.name}" href="{nst._data_address(CHELSEA, "png")}"' in shown.data
 
 
 def test_outside_colab_the_given_pictures_are_used():
@@ -64,9 +105,7 @@ def test_colab_downloads_a_picture_at_once(colab, tmp_path):
     assert colab.downloads == [str(tmp_path / "picture.png")]
 
 
-def test_elsewhere_a_link_is_shown(monkeypatch, tmp_path):
-    displayed = []
-    monkeypatch.setattr(nst, "display", displayed.append)
+def test_elsewhere_a_link_is_shown(displayed, tmp_path):
     path = tmp_path / "picture.png"
     nst.offer_download(path)
     (shown,) = displayed
@@ -398,3 +437,47 @@ def test_colab_can_paint_again_after_an_interrupt(monkeypatch, panel, colab):
     monkeypatch.setattr(nst, "stylize", lambda *_, **__: map(fail(KeyboardInterrupt()), [1]))
     panel.paint_button.click()
     assert not panel.is_painting
+
+
+# It goes on ---------------------------------------------------------------------------------------
+
+
+def test_a_network_that_cannot_be_loaded_is_a_sentence_and_can_be_loaded_later(tmp_path, shallow):
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no weights")
+    panel = nst.Panel(replace(SHALLOW, weights=str(broken)), SOURCES, tmp_path / "out")
+    assert "broken.pth" in words_on(panel.chosen)
+    panel.paint_button.click()
+    assert "broken.pth" in words_on(panel.status)
+    assert not panel.is_painting
+    panel.network = shallow
+    paint(panel)
+    assert_offered(panel, saved(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        FloatingPointError("Step 1 gave a NaN"),
+        RuntimeError("CUDA error: unknown error"),
+    ],
+)
+def test_an_estimate_that_fails_is_a_sentence_and_paint_still_works(
+    monkeypatch, shallow, tmp_path, error
+):
+    monkeypatch.setattr(nst, "_measure_seconds_per_pixel", fail(error))
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    assert str(error).rstrip(".") in words_on(panel.chosen)
+    paint(panel)
+    assert_offered(panel, saved(tmp_path))
+
+
+def test_what_went_wrong_in_a_run_is_named_beside_the_result(monkeypatch, panel, tmp_path):
+    for _ in range(2):
+        break_looks(monkeypatch, 3, fail(MemoryError()))
+        with pytest.warns(nst.StyleTransferWarning) as caught:
+            paint(panel)
+        assert len(caught) == 1  # in every run
+        assert str(caught[0].message) in words_on(panel.status)
+        assert "Done" in words_on(panel.status)
