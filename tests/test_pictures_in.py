@@ -36,7 +36,7 @@ MODES = {
     "BMP": ("1", "L", "P", "RGB"),
     "APNG": ("animated",),
 }
-if features.check("avif"):
+if "avif" in features.modules and features.check("avif"):  # newer versions of Pillow
     MODES["AVIF"] = ("RGB", "RGBA")
 TURNABLE = ("JPEG", "PNG", "WEBP", "TIFF")
 CASES = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
