@@ -61,7 +61,7 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.colors import PowerNorm
 from matplotlib_inline.backend_inline import set_matplotlib_formats
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -97,11 +97,11 @@ __all__ = [
     "plot_losses",
     "prepare_output_folder",
     "read_record",
+    "read_settings",
     "resize",
     "save_image",
     "save_timelapse",
     "set_up_notebook",
-    "settings_from_png",
     "show_images",
     "shrink_to",
     "style_statistics",
@@ -2052,8 +2052,27 @@ def load_image(
 
 # Pictures out -------------------------------------------------------------------------------------
 
+_EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # of the formats
+_FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "png": {"compress_level": 1},  # 6 takes four times as long
+    "jpeg": {"quality": 95, "subsampling": "4:4:4"},
+    "webp": {"quality": 95},
+}
+_LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
+_DPI = _Rule("a number from 1 to 65,535", lambda value: _is_number(value, 1, 65_535))
 _RECORD_KEY = "style_transfer"  # the name of the text in a PNG
-_RECORD_LIMIT = 2**16  # characters: longer texts are not read
+_COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
+# A JPEG holds 65,533 bytes of EXIF.
+_RECORD_LIMIT = 60_000  # characters: longer texts are neither saved nor read
+_PHOTO_EXIF_LIMIT = 4_000  # bytes
+_PHOTO_TAGS = frozenset(
+    ExifTags.Base[name]
+    for name in (
+        *("Make", "Model", "LensMake", "LensModel"),
+        *("DateTime", "DateTimeOriginal", "DateTimeDigitized"),
+        *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
+    )
+)
 _OWN_PICTURES = ("masks", "keep", "start")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _AUTOSAVE_SECONDS = 20
@@ -2075,23 +2094,30 @@ def _sha256_of(source: _Source | None) -> str | None:
     return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
 
 
-def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> dict[str, Any]:
-    """What a PNG remembers of its run: see ``read_record``."""
-    job, network = step.job, step.job.network
+def _asked(config: StyleTransferConfig, network: VGG19Features) -> dict[str, Any]:
+    """The settings as they were asked for, "auto" included, but no path of weights."""
     is_named = network.source in _NAMED_WEIGHTS
+    weights = network.source if is_named else f"sha256:{network.sha256}"
+    return {**asdict(config), "weights": weights}
+
+
+def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> dict[str, Any]:
+    """What a file remembers of its run: see ``read_record``."""
+    job, network = step.job, step.job.network
+    asked = _asked(job.config, network)
     own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
     known = itertools.zip_longest(paintings, job.styles)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
         "settings": {
-            **asdict(job.config),
+            **asked,
             "max_size": max(job.config.max_size, *_size_of(step.image)),
             "num_steps": step.total,
-            "weights": network.source if is_named else f"sha256:{network.sha256}",
             "precision": str(network.dtype).removeprefix("torch."),
             "checkpoint": any(scale.strips == _ALL_BLOCKS for scale in job.scales),
             "device": str(network.device).removesuffix(":0"),
         },
+        "asked": asked,
         "own_pictures": [name for name in own if own[name] is not None and len(own[name]) > 0],
         "photo": _sha256_of(photo),
         "paintings": [_sha256_of(painting) for painting, _ in known],
@@ -2103,31 +2129,125 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
-def _to_png(picture: Step | Tensor, photo: _Source | None, paintings: Sequence[_Source]) -> bytes:
-    """The PNG that ``save_image`` saves."""
+def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Image.Image:
+    """The picture with the photo's transparency, or on white in a JPEG, which has none."""
+    original = _open_picture(photo)
+    if original.mode != "RGBA":
+        return picture
+    alpha = original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS)
+    if format != "jpeg":
+        picture.putalpha(alpha)
+        return picture
+    if alpha.getextrema() != (255, 255):
+        problem = "A JPEG has no transparency: the transparent parts are saved as white."
+        warnings.warn(problem, StyleTransferWarning, stacklevel=4)
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=alpha)
+    return white
+
+
+def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    return exif.tobytes()
+
+
+def _photo_tags(photo: _Source) -> dict[int, Any]:
+    """The EXIF tags of a photo that say when, where and with which camera it was taken."""
+    try:
+        source = _find(photo)
+        is_open = isinstance(source, Image.Image)
+        opened: Any = contextlib.nullcontext(source) if is_open else Image.open(source)
+        with opened as picture:
+            exif = picture.getexif()
+            parts = {part: exif.get_ifd(part) for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
+        details = parts[ExifTags.IFD.Exif]
+        parts[ExifTags.IFD.Exif] = {tag: details[tag] for tag in _PHOTO_TAGS & details.keys()}
+        tags: dict[int, Any] = {tag: exif[tag] for tag in _PHOTO_TAGS & exif.keys()}
+        tags |= {part: values for part, values in parts.items() if values}
+        if len(_exif_bytes(tags)) > _PHOTO_EXIF_LIMIT:
+            raise ValueError(f"they take more than {_PHOTO_EXIF_LIMIT:,} bytes")
+        return tags
+    except Exception as error:  # damaged EXIF makes Pillow raise anything
+        problem = f"The picture is saved without the photo's date, place and camera: {error}"
+        warnings.warn(problem, StyleTransferWarning, stacklevel=4)
+        return {}
+
+
+def _record_text(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> str:
+    text = json.dumps(_make_record(step, photo, paintings))  # ASCII
+    if len(text) <= _RECORD_LIMIT:
+        return text
+    problem = f"The picture is saved without its settings: they take over {_RECORD_LIMIT:,} bytes."
+    warnings.warn(problem, StyleTransferWarning, stacklevel=4)
+    return ""
+
+
+def _save_options(
+    format: str, text: str, tags: dict[int, Any], dpi: float | None
+) -> dict[str, Any]:
+    """What Pillow's ``save`` is given: how to compress, the record, EXIF tags, the resolution."""
+    options = dict(_FORMAT_OPTIONS[format])
+    if dpi is not None:
+        options["dpi"] = (dpi, dpi)
+    if format == "png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        if text:
+            options["pnginfo"].add_text(_RECORD_KEY, text)
+    else:
+        details: dict[int, Any] = {ExifTags.Base.ColorSpace: 1}  # sRGB
+        if text:
+            details[ExifTags.Base.UserComment] = _COMMENT_CODE + text.encode()
+        tags = tags | {ExifTags.IFD.Exif: tags.get(ExifTags.IFD.Exif, {}) | details}
+        if dpi is not None:  # a WebP has it nowhere else
+            tags[ExifTags.Base.XResolution] = tags[ExifTags.Base.YResolution] = dpi
+            tags[ExifTags.Base.ResolutionUnit] = 2  # inches
+    if tags:
+        options["exif"] = _exif_bytes(tags)
+    return options
+
+
+def _check_format(format: str, dpi: float | None) -> None:
+    _check("format", format, _choice(*_EXTENSIONS))
+    if dpi is not None:
+        _check("dpi", dpi, _DPI)
+
+
+def _encode(
+    picture: Step | Tensor,
+    photo: _Source | None = None,
+    paintings: Sequence[_Source] = (),
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+) -> bytes:
+    """The file that ``save_image`` saves."""
     image = picture.image if isinstance(picture, Step) else picture
     _check_image("picture", image)
+    height, width = _size_of(image)
+    if max(height, width) > _LONGEST_SIDES[format]:
+        limit = f"at most {_LONGEST_SIDES[format]:,} pixels on a side, and this picture has"
+        raise ValueError(f"format must be 'png': {format!r} takes {limit} {width} x {height}.")
     pil_picture = to_pil(image)
+    tags: dict[int, Any] = {}
     if photo is not None:
         try:
-            original = _open_picture(photo)
-            if original.mode == "RGBA":
-                alpha = original.getchannel("A")
-                pil_picture.putalpha(alpha.resize(pil_picture.size, Image.Resampling.LANCZOS))
+            pil_picture = _as_transparent_as(photo, pil_picture, format)
         except (OSError, ValueError) as error:  # the file may be gone by now
             problem = f"The picture is saved without the photo's transparency, if any: {error}"
             warnings.warn(problem, StyleTransferWarning, stacklevel=3)
-    texts = PngImagePlugin.PngInfo()
-    if isinstance(picture, Step):
-        texts.add_text(_RECORD_KEY, json.dumps(_make_record(picture, photo, paintings)))
+        tags = _photo_tags(photo) if keep_exif else {}
+    text = _record_text(picture, photo, paintings) if isinstance(picture, Step) else ""
     file = io.BytesIO()
-    pil_picture.save(file, "PNG", compress_level=1, pnginfo=texts)  # 6 takes four times as long
+    pil_picture.save(file, format, **_save_options(format, text, tags, dpi))
     return file.getvalue()
 
 
-def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
+def _write_new_file(
+    data: bytes, folder: str | os.PathLike, suffix: str, name: str = "stylized_output"
+) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
-    stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
+    stem = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
     draft = Path(folder, f"{stem}_{os.urandom(8).hex()}.tmp")
     claimed = None
     try:
@@ -2163,6 +2283,10 @@ def save_image(
     *,
     photo: _Source | None = None,
     paintings: Sequence[_Source] = (),
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+    name: str = "stylized_output",
 ) -> Path:
     """Save as ``stylized_output_YYYYMMDD_HHMMSS.png`` in ``folder``, never over another file.
 
@@ -2170,12 +2294,24 @@ def save_image(
         or any (1, 3, H, W) tensor in [0, 1].
     photo, paintings: the sources, as ``load_image`` takes them. The result becomes as transparent
         as the photo, and the file remembers the SHA-256 of each.
+    format: "png", "jpeg" or "webp", the latter two at quality 95. A JPEG is white, with a
+        ``StyleTransferWarning``, where the photo is transparent.
+    keep_exif: keep the photo's date, place and camera.
+    dpi: dots per inch, for printing, 1 to 65,535.
+    name: what the file's name begins with.
     Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
-    it is not a picture, or if ``folder`` is the name of a file.
+    it is not a picture, is too large for ``format``, or if ``folder`` is the name of a file.
     """
-    if Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg") and not Path(folder).is_dir():
+    _check_format(format, dpi)
+    if keep_exif and photo is None:
+        raise ValueError("keep_exif must be False where no photo is given, not True.")
+    if (
+        Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        and not Path(folder).is_dir()
+    ):
         raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
-    return _write_new_file(_to_png(picture, photo, paintings), folder, "png")
+    data = _encode(picture, photo, paintings, format, keep_exif, dpi)
+    return _write_new_file(data, folder, _EXTENSIONS[format], name)
 
 
 def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
@@ -2206,7 +2342,7 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
         if time.monotonic() >= due:
             due = time.monotonic() + _AUTOSAVE_SECONDS
             try:
-                partials.append(_write_new_file(_to_png(step, None, ()), folder, "partial.png"))
+                partials.append(_write_new_file(_encode(step), folder, "partial.png"))
                 while len(partials) > 1:
                     partials.pop(0).unlink(missing_ok=True)
             except OSError as error:
@@ -2220,32 +2356,42 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
             partial.unlink()
 
 
-def read_record(source: _File) -> dict[str, Any]:
-    """What a PNG of ``save_image``, a path or its bytes, remembers of its run.
+def _find_record(picture: Image.Image) -> str:
+    """The record of an opened file as JSON; no pixel is decoded."""
+    if picture.format == "PNG":
+        return picture.info.get(_RECORD_KEY, "null")
+    details = picture.getexif().get_ifd(ExifTags.IFD.Exif)
+    comment = details.get(ExifTags.Base.UserComment, _COMMENT_CODE + b"null")
+    return comment.removeprefix(_COMMENT_CODE).decode()
 
-    {"settings", "own_pictures": which of masks, keep and start it had, "photo", "paintings": their
-    SHA-256, or ``None``, "weights", "step", "finished", "packages", "notes"}. No pixel is decoded.
+
+def read_record(source: _File) -> dict[str, Any]:
+    """What a file of ``save_image``, a path or its bytes, remembers of its run.
+
+    {"settings", "asked": the settings before "auto" was resolved, "own_pictures": which of masks,
+    keep and start it had, "photo", "paintings": their SHA-256, or ``None``, "weights", "step",
+    "finished", "packages", "notes"}. No pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, found = _name_of(source), _find(source)
     try:
-        with Image.open(found, formats=["PNG"]) as picture:
-            text = picture.info.get(_RECORD_KEY, "null")
+        with Image.open(found, formats=[*_EXTENSIONS]) as picture:
+            text = _find_record(picture)
         record = json.loads(text) if len(text) <= _RECORD_LIMIT else None
     except Exception as error:  # a hostile file can make Pillow and json raise anything
-        raise ValueError(f"{name} is not a PNG of save_image ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is not a file of save_image ({type(error).__name__}).") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
     return record
 
 
-def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
-    """The settings that a PNG of ``save_image`` was painted with, but for those ``given`` here.
+def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
+    """The settings that a file of ``save_image`` was painted with, but for those ``given`` here.
 
     With the same pictures, they give the same result on the same machine. A
     ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, and if
     this machine lacks the device or the precision, which is "auto" then. Weights of your own must
-    be given: ``settings_from_png(path, weights="my_vgg19.pth")``. Raises what ``read_record``
+    be given: ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record``
     raises, and ``ValueError`` for unusable settings.
     """
     record, name = read_record(source), _name_of(source)
