@@ -2899,6 +2899,7 @@ def offer_download(path: Path) -> None:
 _THUMBNAIL_SIDE = 160
 _PANEL_SIZES = (256, 512, 1024, 2048)
 _PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
+_PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
 _PANEL_COLORS = {
     "the painting's": "style",
     "the photo's palette": "content",
@@ -2953,12 +2954,14 @@ class _PanelRun:
     sources: Mapping[str, _Source]
     photo: Tensor
     step: Step | None = None  # the latest
+    offered: Step | None = None  # that step, or a blend of it with the photo
+    files: dict[str, Path] = field(default_factory=dict)  # what is offered, by format
     stopping: Event = field(default_factory=Event)
     is_painting: bool = True
 
 
 class Panel(widgets.VBox):
-    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download link.
+    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download.
 
     config, sources: what the panel shows first; sources is {"photo": ..., "painting": ...}, each
         as ``load_image`` takes it.
@@ -3020,14 +3023,17 @@ class Panel(widgets.VBox):
         )
         self.strength.disabled = True
         self.chosen, self.status, self.link, self.page = (widgets.HTML() for _ in range(4))
+        self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
+        download = widgets.HBox([self.format, self.link])
         buttons = widgets.HBox([self.paint_button, self.stop_button])
-        above = [self.upload_row, *self.controls.values(), self.chosen, self.status, self.link]
+        above = [self.upload_row, *self.controls.values(), self.chosen, self.status, download]
         self.children = [*above, buttons, _make_notice(), self.strength, self.page]
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
         self.paint_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.strength.observe(self._take_strength, names="value")
+        self.format.observe(self._take_format, names="value")
 
     @property
     def is_painting(self) -> bool:
@@ -3119,9 +3125,17 @@ class Panel(widgets.VBox):
             self.paint_button.description = f"Painting … {self.result.progress:.0%}"
 
     def _save(self, run: _PanelRun, step: Step) -> Path:
-        photo, painting = run.sources["photo"], run.sources["painting"]
-        path = save_image(step, self.folder, photo=photo, paintings=[painting])
-        self.link.value = _download_link(path.name, _data_address(path.read_bytes(), "png"))
+        """Save ``step`` in the chosen format, unless that is done, and offer the file."""
+        if step is not run.offered:
+            run.offered, run.files = step, {}
+        kind = self.format.value
+        if kind not in run.files:
+            photo, paintings = run.sources["photo"], [run.sources["painting"]]
+            run.files[kind] = save_image(
+                step, self.folder, photo=photo, paintings=paintings, format=kind
+            )
+        path = run.files[kind]
+        self.link.value = _download_link(path.name, _data_address(path.read_bytes(), kind))
         return path
 
     def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
@@ -3189,5 +3203,15 @@ class Panel(widgets.VBox):
             blend = blend_with_photo(run.step, run.photo, change["new"])
             self.page.value = _picture_tag(blend.image, f"the result at a strength of {strength}")
             self._say(f"At a strength of {strength}, saved as {self._save(run, blend)}.")
+        except Exception as error:
+            self._say(_sentence_of(error))
+
+    def _take_format(self, change: Mapping[str, Any]) -> None:
+        """Offer the latest result in the format that was chosen."""
+        run = self.run
+        if run is None or run.offered is None or run.is_painting:
+            return
+        try:
+            self._say(f"Saved as {self._save(run, run.offered)}.")
         except Exception as error:
             self._say(_sentence_of(error))
