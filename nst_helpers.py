@@ -61,7 +61,15 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.colors import PowerNorm
 from matplotlib_inline.backend_inline import set_matplotlib_formats
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,6 +101,7 @@ __all__ = [
     "match_colors",
     "offer_download",
     "paint",
+    "paint_folder",
     "plan_scales",
     "plot_losses",
     "prepare_output_folder",
@@ -2846,6 +2855,159 @@ def sweep_control(
     quick = replace(config, max_size=256, quality="quick", num_steps="auto")
     values: dict[str, Any] = {control: _CONTROL_VALUES[control]}
     return sweep(content, style, quick, None if control == "pooling" else network, **values)
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+_OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
+_LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
+_SHEET_SIDE, _SHEET_LINE = 240, 20  # pixels of a picture on a contact sheet, and of its name
+_SHEET_LETTERS = 36  # of that name
+
+_Photos = str | os.PathLike | Iterable[str | os.PathLike]
+
+
+def _remembered(path: Path) -> dict[str, Any] | None:
+    """The record of a picture that was painted here."""
+    try:
+        return read_record(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _photos_in(photos: _Photos) -> list[Path]:
+    """A list of files as it is; of a folder, the pictures that are not hidden or painted here."""
+    if not isinstance(photos, (str, os.PathLike)):
+        return [Path(path).expanduser() for path in photos]
+    folder = Path(photos).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
+    known = Image.registered_extensions()
+    extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
+    extensions |= {".heic", ".heif"}  # so that they are not passed over where they cannot be read
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in extensions
+        and not path.name.startswith((".", *_OWN_NAMES))
+        and _remembered(path) is None
+    ]
+
+
+def _painted_before(
+    folder: Path,
+    painting: _Source,
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    format: str,
+) -> dict[str, Path]:
+    """{SHA-256 of a photo: file} of the finished pictures of this painting with these settings."""
+    wanted = {
+        "asked": json.loads(json.dumps(_asked(config, network))),  # with lists for tuples
+        "paintings": [_sha256_of(painting) or "without a file"],
+        "own_pictures": [],
+        "finished": True,
+    }
+    files = {}
+    for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
+        record = _remembered(path) or {}
+        is_blend = "strength " in str(record.get("notes"))  # see blend_with_photo
+        if wanted.items() <= record.items() and not is_blend:
+            files[record["photo"]] = path
+    return files
+
+
+def _paint_each(
+    photos: Sequence[Path], style: Tensor, config: StyleTransferConfig, network: VGG19Features
+) -> Iterator[tuple[Path, Step | Exception]]:
+    """Each photo with its last step, or with the error that says why it cannot be painted."""
+    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    with tqdm(total=len(photos), file=sys.stdout, leave=False, bar_format=form) as bar:
+        for number, path in enumerate(photos):
+            try:
+                photo = load_image(path, config.max_size)
+                steps = stylize(photo, style, config, network=network)
+            except (OSError, ValueError) as error:
+                yield path, error
+                continue
+            for step in steps:
+                place = f"{number + 1} of {len(photos)}, step {step.number} of {step.total}"
+                bar.set_description(f"{path.name}, {place}", refresh=False)
+                bar.update(number + step.progress - bar.n)
+            yield path, step
+
+
+def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
+    """Save, and show in a notebook, small copies of pictures, {photo: picture}, as one JPEG."""
+    columns = math.ceil(math.sqrt(len(files)))
+    rows = math.ceil(len(files) / columns)
+    side, height = _SHEET_SIDE, _SHEET_SIDE + _SHEET_LINE
+    sheet = Image.new("RGB", (columns * side, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (photo, path) in enumerate(files.items()):
+        left, top = number % columns * side, number // columns * height
+        picture = to_pil(load_image(path, side))
+        sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (left, top))
+        draw.text((left + 4, top + side + 2), photo.name[:_SHEET_LETTERS], "black", font_size=12)
+    file = io.BytesIO()
+    sheet.save(file, "JPEG", quality=90)
+    _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    if get_ipython() is not None:
+        alt = f"The results, painted from {', '.join(photo.name for photo in files)}"
+        display(HTML(_image_tag(file.getvalue(), "jpeg", alt)))
+
+
+def paint_folder(
+    photos: _Photos,
+    painting: _Source,
+    config: StyleTransferConfig,
+    output_folder: str | os.PathLike = "outputs",
+    *,
+    network: VGG19Features | None = None,
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+) -> dict[Path, Path | None]:
+    """Paint every photo of a folder, or of a list, in the style of one painting.
+
+    Returns {photo: saved picture}. Each is saved as soon as it is done, and its name begins with
+    the photo's. At the end, a contact sheet is saved too, and shown in a notebook. Called again
+    after an interrupt, it goes on: a photo is left out if ``output_folder`` has its finished
+    picture in this format, of the same painting, with the same settings asked for.
+
+    photos: of a folder, hidden files, files of other kinds and pictures painted here are left out.
+    network: what ``load_network`` gave, to reuse.
+    format, keep_exif, dpi: as ``save_image`` takes them.
+    A photo that cannot be painted has ``None``; a ``StyleTransferWarning`` at the end says why.
+    Raises ``ValueError`` if there are no photos, and what ``load_image`` raises for the painting.
+
+    Example: ``paint_folder("holiday", "images/starry_night.jpg", StyleTransferConfig())``.
+    """
+    _check_format(format, dpi)
+    paths = _photos_in(photos)
+    if not paths:
+        raise ValueError(f"photos must hold at least one picture, but {_shown(photos)} has none.")
+    style = load_image(painting, config.max_size)
+    folder = prepare_output_folder(output_folder)
+    network = load_network(config) if network is None else network
+    before = _painted_before(folder, painting, config, network, format)
+    files = {path: before.get(_sha256_of(path) or "without a file") for path in paths}
+    missing = [path for path, file in files.items() if file is None]
+    save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
+    problems = []
+    for path, outcome in _paint_each(missing, style, config, network):
+        if isinstance(outcome, Exception):
+            problems.append(f"{path.name}: {outcome}")
+        else:
+            name = path.stem[:_LONGEST_NAME]
+            files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
+    painted = {path: file for path, file in files.items() if file is not None}
+    if painted:
+        _save_contact_sheet(painted, folder)
+    if problems:
+        summary = f"Not painted: {len(problems)} of {len(files)} photos."
+        warnings.warn("\n".join([summary, *problems]), StyleTransferWarning, stacklevel=2)
+    return files
 
 
 # Set-up and downloads -----------------------------------------------------------------------------
