@@ -2861,7 +2861,7 @@ def sweep_control(
 
 _OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
 _LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
-_SHEET_SIDE, _SHEET_LINE = 240, 20  # pixels of a picture on a contact sheet, and of its name
+_SHEET_SIDE, _SHEET_LINE, _SHEET_GAP = 240, 20, 4  # pixels of a picture, its name and its margin
 _SHEET_LETTERS = 36  # of that name
 
 _Photos = str | os.PathLike | Iterable[str | os.PathLike]
@@ -2946,9 +2946,14 @@ def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     for number, (photo, path) in enumerate(files.items()):
         left, top = number % columns * side, number // columns * height
-        picture = to_pil(load_image(path, side))
-        sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (left, top))
-        draw.text((left + 4, top + side + 2), photo.name[:_SHEET_LETTERS], "black", font_size=12)
+        room = side - 2 * _SHEET_GAP, side - 2 * _SHEET_GAP
+        picture = ImageOps.pad(
+            to_pil(load_image(path, side)), room, color="white", centering=(0.5, 1)
+        )
+        sheet.paste(picture, (left + _SHEET_GAP, top + _SHEET_GAP))
+        draw.text(
+            (left + _SHEET_GAP, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12
+        )
     file = io.BytesIO()
     sheet.save(file, "JPEG", quality=90)
     _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
