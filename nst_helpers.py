@@ -2082,6 +2082,7 @@ _PHOTO_TAGS = frozenset(
         *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
     )
 )
+_DRIVE = "/content/drive"  # where Colab mounts Google Drive
 _OWN_PICTURES = ("masks", "keep", "start")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _AUTOSAVE_SECONDS = 20
@@ -2158,7 +2159,8 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
 def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
     exif = Image.Exif()
     exif.update(tags)
-    return exif.tobytes()
+    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
+    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
 
 
 def _photo_tags(photo: _Source) -> dict[int, Any]:
@@ -2282,6 +2284,8 @@ def _write_new_file(
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
     """Make ``folder`` if it is missing, and try to write to it; ``OSError`` if that fails."""
+    if str(folder).startswith(_DRIVE) and not os.path.ismount(_DRIVE):
+        raise OSError(f"'{folder}' is in Google Drive: mount Drive first, or results will be lost.")
     _write_new_file(bytes(2**16), folder, "test").unlink()
     return Path(folder)
 

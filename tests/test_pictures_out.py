@@ -108,6 +108,16 @@ def test_names_of_files_are_refused_as_pictures_and_as_folders(tmp_path, pair):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path):
+    monkeypatch.setattr(nst, "_DRIVE", str(tmp_path))
+    folder = tmp_path / "MyDrive" / "outputs"
+    with pytest.raises(OSError, match="outputs"):
+        nst.prepare_output_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(nst.os.path, "ismount", lambda path: path == str(tmp_path))
+    assert nst.prepare_output_folder(folder).is_dir()
+
+
 # Transparency -------------------------------------------------------------------------------------
 
 
@@ -176,6 +186,8 @@ def test_every_format_holds_the_picture_and_its_settings(tmp_path, step, format)
     with Image.open(path) as saved:
         assert saved.format == format.upper()
     assert (nst.load_image(path) - step.image).abs().mean() < (0.003 if format == "png" else 0.02)
+    if format != "png":
+        assert b"\x92\x86\0\7" in path.read_bytes()  # UserComment, undefined, as EXIF has it
     png = nst.save_image(step, tmp_path)
     assert nst.read_record(path) == nst.read_record(path.read_bytes()) == record_in(png)
     assert nst.read_settings(path) == nst.read_settings(png)
