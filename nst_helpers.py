@@ -3380,7 +3380,7 @@ class Panel(widgets.VBox):
     def _take_format(self, change: Mapping[str, Any]) -> None:
         """Offer the latest result in the format that was chosen."""
         run = self.run
-        if run is None or run.offered is None or run.is_painting:
+        if run is None or run.offered is None:
             return
         try:
             self._say(f"Saved as {self._save(run, run.offered)}.")
