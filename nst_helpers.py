@@ -2945,19 +2945,16 @@ def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
     """Save, and show in a notebook, small copies of pictures, {photo: picture}, as one JPEG."""
     columns = math.ceil(math.sqrt(len(files)))
     rows = math.ceil(len(files) / columns)
-    side, height = _SHEET_SIDE, _SHEET_SIDE + _SHEET_LINE
-    sheet = Image.new("RGB", (columns * side, rows * height), "white")
+    side, gap = _SHEET_SIDE, _SHEET_GAP
+    room = side - 2 * gap, side - 2 * gap
+    sheet = Image.new("RGB", (columns * side, rows * (side + _SHEET_LINE)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (photo, path) in enumerate(files.items()):
-        left, top = number % columns * side, number // columns * height
-        room = side - 2 * _SHEET_GAP, side - 2 * _SHEET_GAP
-        picture = ImageOps.pad(
-            to_pil(load_image(path, side)), room, color="white", centering=(0.5, 1)
-        )
-        sheet.paste(picture, (left + _SHEET_GAP, top + _SHEET_GAP))
-        draw.text(
-            (left + _SHEET_GAP, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12
-        )
+        left, top = number % columns * side + gap, number // columns * (side + _SHEET_LINE)
+        picture = to_pil(load_image(path, side))
+        tile = ImageOps.pad(picture, room, color="white", centering=(0.5, 1))  # on its name
+        sheet.paste(tile, (left, top + gap))
+        draw.text((left, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12)
     file = io.BytesIO()
     sheet.save(file, "JPEG", quality=90)
     _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
