@@ -63,7 +63,15 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.colors import PowerNorm
 from matplotlib_inline.backend_inline import set_matplotlib_formats
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -95,15 +103,16 @@ __all__ = [
     "match_colors",
     "offer_download",
     "paint",
+    "paint_folder",
     "plan_scales",
     "plot_losses",
     "prepare_output_folder",
     "read_record",
+    "read_settings",
     "resize",
     "save_image",
     "save_timelapse",
     "set_up_notebook",
-    "settings_from_png",
     "show_images",
     "shrink_to",
     "style_statistics",
@@ -2336,8 +2345,28 @@ def load_image(
 
 # Pictures out -------------------------------------------------------------------------------------
 
+_EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # of the formats
+_FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "png": {"compress_level": 1},  # 6 takes four times as long
+    "jpeg": {"quality": 95, "subsampling": "4:4:4"},
+    "webp": {"quality": 95},
+}
+_LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
+_DPI = _Rule("a number from 1 to 65,535", lambda value: _is_number(value, 1, 65_535))
 _RECORD_KEY = "style_transfer"  # the name of the text in a PNG
-_RECORD_LIMIT = 2**16  # characters: longer texts are not read
+_COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
+# A JPEG holds 65,533 bytes of EXIF.
+_RECORD_LIMIT = 60_000  # characters: longer texts are neither saved nor read
+_PHOTO_EXIF_LIMIT = 4_000  # bytes
+_PHOTO_TAGS = frozenset(
+    ExifTags.Base[name]
+    for name in (
+        *("Make", "Model", "LensMake", "LensModel"),
+        *("DateTime", "DateTimeOriginal", "DateTimeDigitized"),
+        *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
+    )
+)
+_DRIVE = "/content/drive"  # where Colab mounts Google Drive
 _OWN_PICTURES = ("masks", "keep", "start")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _AUTOSAVE_SECONDS = 20
@@ -2359,23 +2388,30 @@ def _sha256_of(source: _Source | None) -> str | None:
     return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
 
 
-def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> dict[str, Any]:
-    """What a PNG remembers of its run: see ``read_record``."""
-    job, network = step.job, step.job.network
+def _asked(config: StyleTransferConfig, network: VGG19Features) -> dict[str, Any]:
+    """The settings as they were asked for, "auto" included, but no path of weights."""
     is_named = network.source in _NAMED_WEIGHTS
+    weights = network.source if is_named else f"sha256:{network.sha256}"
+    return {**asdict(config), "weights": weights}
+
+
+def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> dict[str, Any]:
+    """What a file remembers of its run: see ``read_record``."""
+    job, network = step.job, step.job.network
+    asked = _asked(job.config, network)
     own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
     known = itertools.zip_longest(paintings, job.styles)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
         "settings": {
-            **asdict(job.config),
+            **asked,
             "max_size": max(job.config.max_size, *_size_of(step.image)),
             "num_steps": step.total,
-            "weights": network.source if is_named else f"sha256:{network.sha256}",
             "precision": str(network.dtype).removeprefix("torch."),
             "checkpoint": any(scale.strips == _ALL_BLOCKS for scale in job.scales),
             "device": str(network.device).removesuffix(":0"),
         },
+        "asked": asked,
         "own_pictures": [name for name in own if own[name] is not None and len(own[name]) > 0],
         "photo": _sha256_of(photo),
         "paintings": [_sha256_of(painting) for painting, _ in known],
@@ -2387,31 +2423,126 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
-def _to_png(picture: Step | Tensor, photo: _Source | None, paintings: Sequence[_Source]) -> bytes:
-    """The PNG that ``save_image`` saves."""
+def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Image.Image:
+    """The picture with the photo's transparency, or on white in a JPEG, which has none."""
+    original = _open_picture(photo)
+    if original.mode != "RGBA":
+        return picture
+    alpha = original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS)
+    if format != "jpeg":
+        picture.putalpha(alpha)
+        return picture
+    if alpha.getextrema() != (255, 255):
+        problem = "A JPEG has no transparency: the transparent parts are saved as white."
+        _warn(problem)
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=alpha)
+    return white
+
+
+def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
+    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
+
+
+def _photo_tags(photo: _Source) -> dict[int, Any]:
+    """The EXIF tags of a photo that say when, where and with which camera it was taken."""
+    try:
+        source = _find(photo)
+        is_open = isinstance(source, Image.Image)
+        opened: Any = contextlib.nullcontext(source) if is_open else Image.open(source)
+        with opened as picture:
+            exif = picture.getexif()
+            parts = {part: exif.get_ifd(part) for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
+        details = parts[ExifTags.IFD.Exif]
+        parts[ExifTags.IFD.Exif] = {tag: details[tag] for tag in _PHOTO_TAGS & details.keys()}
+        tags: dict[int, Any] = {tag: exif[tag] for tag in _PHOTO_TAGS & exif.keys()}
+        tags |= {part: values for part, values in parts.items() if values}
+        if len(_exif_bytes(tags)) > _PHOTO_EXIF_LIMIT:
+            raise ValueError(f"they take more than {_PHOTO_EXIF_LIMIT:,} bytes")
+        return tags
+    except Exception as error:  # damaged EXIF makes Pillow raise anything
+        problem = f"The picture is saved without the photo's date, place and camera: {error}"
+        _warn(problem)
+        return {}
+
+
+def _record_text(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> str:
+    text = json.dumps(_make_record(step, photo, paintings))  # ASCII
+    if len(text) <= _RECORD_LIMIT:
+        return text
+    problem = f"The picture is saved without its settings: they take over {_RECORD_LIMIT:,} bytes."
+    _warn(problem)
+    return ""
+
+
+def _save_options(
+    format: str, text: str, tags: dict[int, Any], dpi: float | None
+) -> dict[str, Any]:
+    """What Pillow's ``save`` is given: how to compress, the record, EXIF tags, the resolution."""
+    options = dict(_FORMAT_OPTIONS[format])
+    if dpi is not None:
+        options["dpi"] = (dpi, dpi)
+    if format == "png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        if text:
+            options["pnginfo"].add_text(_RECORD_KEY, text)
+    else:
+        details: dict[int, Any] = {ExifTags.Base.ColorSpace: 1}  # sRGB
+        if text:
+            details[ExifTags.Base.UserComment] = _COMMENT_CODE + text.encode()
+        tags = tags | {ExifTags.IFD.Exif: tags.get(ExifTags.IFD.Exif, {}) | details}
+        if dpi is not None:  # a WebP has it nowhere else
+            tags[ExifTags.Base.XResolution] = tags[ExifTags.Base.YResolution] = dpi
+            tags[ExifTags.Base.ResolutionUnit] = 2  # inches
+    if tags:
+        options["exif"] = _exif_bytes(tags)
+    return options
+
+
+def _check_format(format: str, dpi: float | None) -> None:
+    _check("format", format, _choice(*_EXTENSIONS))
+    if dpi is not None:
+        _check("dpi", dpi, _DPI)
+
+
+def _encode(
+    picture: Step | Tensor,
+    photo: _Source | None = None,
+    paintings: Sequence[_Source] = (),
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+) -> bytes:
+    """The file that ``save_image`` saves."""
     image = picture.image if isinstance(picture, Step) else picture
     _check_image("picture", image)
+    height, width = _size_of(image)
+    if max(height, width) > _LONGEST_SIDES[format]:
+        limit = f"at most {_LONGEST_SIDES[format]:,} pixels on a side, and this picture has"
+        raise ValueError(f"format must be 'png': {format!r} takes {limit} {width} x {height}.")
     pil_picture = to_pil(image)
+    tags: dict[int, Any] = {}
     if photo is not None:
         try:
-            original = _open_picture(photo)
-            if original.mode == "RGBA":
-                alpha = original.getchannel("A")
-                pil_picture.putalpha(alpha.resize(pil_picture.size, Image.Resampling.LANCZOS))
+            pil_picture = _as_transparent_as(photo, pil_picture, format)
         except (OSError, ValueError) as error:  # the file may be gone by now
             problem = f"The picture is saved without the photo's transparency, if any: {error}"
             _warn(problem)
-    texts = PngImagePlugin.PngInfo()
-    if isinstance(picture, Step):
-        texts.add_text(_RECORD_KEY, json.dumps(_make_record(picture, photo, paintings)))
+        tags = _photo_tags(photo) if keep_exif else {}
+    text = _record_text(picture, photo, paintings) if isinstance(picture, Step) else ""
     file = io.BytesIO()
-    pil_picture.save(file, "PNG", compress_level=1, pnginfo=texts)  # 6 takes four times as long
+    pil_picture.save(file, format, **_save_options(format, text, tags, dpi))
     return file.getvalue()
 
 
-def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path:
+def _write_new_file(
+    data: bytes, folder: str | os.PathLike, suffix: str, name: str = "stylized_output"
+) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
-    stem = time.strftime("stylized_output_%Y%m%d_%H%M%S")
+    stem = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
     draft = Path(folder, f"{stem}_{os.urandom(8).hex()}.tmp")
     claimed = None
     try:
@@ -2437,6 +2568,8 @@ def _write_new_file(data: bytes, folder: str | os.PathLike, suffix: str) -> Path
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
     """Make ``folder`` if it is missing, and try to write to it; ``OSError`` if that fails."""
+    if str(folder).startswith(_DRIVE) and not os.path.ismount(_DRIVE):
+        raise OSError(f"'{folder}' is in Google Drive: mount Drive first, or results will be lost.")
     _write_new_file(bytes(2**16), folder, "test").unlink()
     return Path(folder)
 
@@ -2447,6 +2580,10 @@ def save_image(
     *,
     photo: _Source | None = None,
     paintings: Sequence[_Source] = (),
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+    name: str = "stylized_output",
 ) -> Path:
     """Save as ``stylized_output_YYYYMMDD_HHMMSS.png`` in ``folder``, never over another file.
 
@@ -2454,12 +2591,24 @@ def save_image(
         or any (1, 3, H, W) tensor in [0, 1].
     photo, paintings: the sources, as ``load_image`` takes them. The result becomes as transparent
         as the photo, and the file remembers the SHA-256 of each.
+    format: "png", "jpeg" or "webp", the latter two at quality 95. A JPEG is white, with a
+        ``StyleTransferWarning``, where the photo is transparent.
+    keep_exif: keep the photo's date, place and camera.
+    dpi: dots per inch, for printing, 1 to 65,535.
+    name: what the file's name begins with.
     Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
-    it is not a picture, or if ``folder`` is the name of a file.
+    it is not a picture, is too large for ``format``, or if ``folder`` is the name of a file.
     """
-    if Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg") and not Path(folder).is_dir():
+    _check_format(format, dpi)
+    if keep_exif and photo is None:
+        raise ValueError("keep_exif must be False where no photo is given, not True.")
+    if (
+        Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        and not Path(folder).is_dir()
+    ):
         raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
-    return _write_new_file(_to_png(picture, photo, paintings), folder, "png")
+    data = _encode(picture, photo, paintings, format, keep_exif, dpi)
+    return _write_new_file(data, folder, _EXTENSIONS[format], name)
 
 
 def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
@@ -2490,7 +2639,7 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
         if time.monotonic() >= due:
             due = time.monotonic() + _AUTOSAVE_SECONDS
             try:
-                partials.append(_write_new_file(_to_png(step, None, ()), folder, "partial.png"))
+                partials.append(_write_new_file(_encode(step), folder, "partial.png"))
                 while len(partials) > 1:
                     partials.pop(0).unlink(missing_ok=True)
             except OSError as error:
@@ -2504,32 +2653,42 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
             partial.unlink()
 
 
-def read_record(source: _File) -> dict[str, Any]:
-    """What a PNG of ``save_image``, a path or its bytes, remembers of its run.
+def _find_record(picture: Image.Image) -> str:
+    """The record of an opened file as JSON; no pixel is decoded."""
+    if picture.format == "PNG":
+        return picture.info.get(_RECORD_KEY, "null")
+    details = picture.getexif().get_ifd(ExifTags.IFD.Exif)
+    comment = details.get(ExifTags.Base.UserComment, _COMMENT_CODE + b"null")
+    return comment.removeprefix(_COMMENT_CODE).decode()
 
-    {"settings", "own_pictures": which of masks, keep and start it had, "photo", "paintings": their
-    SHA-256, or ``None``, "weights", "step", "finished", "packages", "notes"}. No pixel is decoded.
+
+def read_record(source: _File) -> dict[str, Any]:
+    """What a file of ``save_image``, a path or its bytes, remembers of its run.
+
+    {"settings", "asked": the settings before "auto" was resolved, "own_pictures": which of masks,
+    keep and start it had, "photo", "paintings": their SHA-256, or ``None``, "weights", "step",
+    "finished", "packages", "notes"}. No pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, found = _name_of(source), _find(source)
     try:
-        with Image.open(found, formats=["PNG"]) as picture:
-            text = picture.info.get(_RECORD_KEY, "null")
+        with Image.open(found, formats=[*_EXTENSIONS]) as picture:
+            text = _find_record(picture)
         record = json.loads(text) if len(text) <= _RECORD_LIMIT else None
     except Exception as error:  # a hostile file can make Pillow and json raise anything
-        raise ValueError(f"{name} is not a PNG of save_image ({type(error).__name__}).") from error
+        raise ValueError(f"{name} is not a file of save_image ({type(error).__name__}).") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
     return record
 
 
-def settings_from_png(source: _File, **given: Any) -> StyleTransferConfig:
-    """The settings that a PNG of ``save_image`` was painted with, but for those ``given`` here.
+def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
+    """The settings that a file of ``save_image`` was painted with, but for those ``given`` here.
 
     With the same pictures, they give the same result on the same machine. A
     ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, and if
     this machine lacks the device or the precision, which is "auto" then. Weights of your own must
-    be given: ``settings_from_png(path, weights="my_vgg19.pth")``. Raises what ``read_record``
+    be given: ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record``
     raises, and ``ValueError`` for unusable settings.
     """
     record, name = read_record(source), _name_of(source)
@@ -2986,6 +3145,161 @@ def sweep_control(
     return sweep(content, style, quick, None if control == "pooling" else network, **values)
 
 
+# Folders ------------------------------------------------------------------------------------------
+
+_OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
+_LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
+_SHEET_SIDE, _SHEET_LINE, _SHEET_GAP = 240, 20, 4  # pixels of a picture, its name and its margin
+_SHEET_LETTERS = 36  # of that name
+
+_Photos = str | os.PathLike | Iterable[str | os.PathLike]
+
+
+def _remembered(path: Path) -> dict[str, Any] | None:
+    """The record of a picture that was painted here."""
+    try:
+        return read_record(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _photos_in(photos: _Photos) -> list[Path]:
+    """A list of files as it is; of a folder, the pictures that are not hidden or painted here."""
+    if not isinstance(photos, (str, os.PathLike)):
+        return [Path(path).expanduser() for path in photos]
+    folder = Path(photos).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
+    known = Image.registered_extensions()
+    extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
+    extensions |= {".heic", ".heif"}  # so that they are not passed over where they cannot be read
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in extensions
+        and not path.name.startswith((".", *_OWN_NAMES))
+        and _remembered(path) is None
+    ]
+
+
+def _painted_before(
+    folder: Path,
+    painting: _Source,
+    config: StyleTransferConfig,
+    network: VGG19Features,
+    format: str,
+) -> dict[str, Path]:
+    """{SHA-256 of a photo: file} of the finished pictures of this painting with these settings."""
+    wanted = {
+        "asked": json.loads(json.dumps(_asked(config, network))),  # with lists for tuples
+        "paintings": [_sha256_of(painting) or "without a file"],
+        "own_pictures": [],
+        "finished": True,
+    }
+    files = {}
+    for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
+        record = _remembered(path) or {}
+        is_blend = "strength " in str(record.get("notes"))  # see blend_with_photo
+        if wanted.items() <= record.items() and not is_blend:
+            files[record["photo"]] = path
+    return files
+
+
+def _paint_each(
+    photos: Sequence[Path], style: Tensor, config: StyleTransferConfig, network: VGG19Features
+) -> Iterator[tuple[Path, Step | Exception]]:
+    """Each photo with its last step, or with the error that says why it cannot be painted."""
+    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    with tqdm(total=len(photos), file=sys.stdout, leave=False, bar_format=form) as bar:
+        for number, path in enumerate(photos):
+            try:
+                photo = load_image(path, config.max_size)
+                steps = stylize(photo, style, config, network=network)
+            except (OSError, ValueError) as error:
+                yield path, error
+                continue
+            for step in steps:
+                place = f"{number + 1} of {len(photos)}, step {step.number} of {step.total}"
+                bar.set_description(f"{path.name}, {place}", refresh=False)
+                bar.update(number + step.progress - bar.n)
+            yield path, step
+
+
+def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
+    """Save, and show in a notebook, small copies of pictures, {photo: picture}, as one JPEG."""
+    columns = math.ceil(math.sqrt(len(files)))
+    rows = math.ceil(len(files) / columns)
+    side, gap = _SHEET_SIDE, _SHEET_GAP
+    room = side - 2 * gap, side - 2 * gap
+    sheet = Image.new("RGB", (columns * side, rows * (side + _SHEET_LINE)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (photo, path) in enumerate(files.items()):
+        left, top = number % columns * side + gap, number // columns * (side + _SHEET_LINE)
+        picture = to_pil(load_image(path, side))
+        tile = ImageOps.pad(picture, room, color="white", centering=(0.5, 1))  # on its name
+        sheet.paste(tile, (left, top + gap))
+        draw.text((left, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12)
+    file = io.BytesIO()
+    sheet.save(file, "JPEG", quality=90)
+    _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    if get_ipython() is not None:
+        alt = f"The results, painted from {', '.join(photo.name for photo in files)}"
+        display(HTML(_image_tag(file.getvalue(), "jpeg", alt)))
+
+
+def paint_folder(
+    photos: _Photos,
+    painting: _Source,
+    config: StyleTransferConfig,
+    output_folder: str | os.PathLike = "outputs",
+    *,
+    network: VGG19Features | None = None,
+    format: str = "png",
+    keep_exif: bool = False,
+    dpi: float | None = None,
+) -> dict[Path, Path | None]:
+    """Paint every photo of a folder, or of a list, in the style of one painting.
+
+    Returns {photo: saved picture}. Each is saved as soon as it is done, and its name begins with
+    the photo's. At the end, a contact sheet is saved too, and shown in a notebook. Called again
+    after an interrupt, it goes on: a photo is left out if ``output_folder`` has its finished
+    picture in this format, of the same painting, with the same settings asked for.
+
+    photos: of a folder, hidden files, files of other kinds and pictures painted here are left out.
+    network: what ``load_network`` gave, to reuse.
+    format, keep_exif, dpi: as ``save_image`` takes them.
+    A photo that cannot be painted has ``None``; a ``StyleTransferWarning`` at the end says why.
+    Raises ``ValueError`` if there are no photos, and what ``load_image`` raises for the painting.
+
+    Example: ``paint_folder("holiday", "images/starry_night.jpg", StyleTransferConfig())``.
+    """
+    _check_format(format, dpi)
+    paths = _photos_in(photos)
+    if not paths:
+        raise ValueError(f"photos must hold at least one picture, but {_shown(photos)} has none.")
+    style = load_image(painting, config.max_size)
+    folder = prepare_output_folder(output_folder)
+    network = load_network(config) if network is None else network
+    before = _painted_before(folder, painting, config, network, format)
+    files = {path: before.get(_sha256_of(path) or "without a file") for path in paths}
+    missing = [path for path, file in files.items() if file is None]
+    save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
+    problems = []
+    for path, outcome in _paint_each(missing, style, config, network):
+        if isinstance(outcome, Exception):
+            problems.append(f"{path.name}: {outcome}")
+        else:
+            name = path.stem[:_LONGEST_NAME]
+            files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
+    painted = {path: file for path, file in files.items() if file is not None}
+    if painted:
+        _save_contact_sheet(painted, folder)
+    if problems:
+        summary = f"Not painted: {len(problems)} of {len(files)} photos."
+        _warn("\n".join([summary, *problems]))
+    return files
+
+
 # Set-up and downloads -----------------------------------------------------------------------------
 
 
@@ -3047,6 +3361,7 @@ def offer_download(path: Path) -> None:
 _THUMBNAIL_SIDE = 160
 _PANEL_SIZES = (256, 512, 1024, 2048)
 _PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
+_PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
 _PANEL_COLORS = {
     "the painting's": "style",
     "the photo's palette": "content",
@@ -3101,12 +3416,14 @@ class _PanelRun:
     sources: Mapping[str, _Source]
     photo: Tensor
     step: Step | None = None  # the latest
+    offered: Step | None = None  # that step, or a blend of it with the photo
+    files: dict[str, Path] = field(default_factory=dict)  # what is offered, by format
     stopping: Event = field(default_factory=Event)
     is_painting: bool = True
 
 
 class Panel(widgets.VBox):
-    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download link.
+    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download.
 
     config, sources: what the panel shows first; sources is {"photo": ..., "painting": ...}, each
         as ``load_image`` takes it.
@@ -3168,14 +3485,17 @@ class Panel(widgets.VBox):
         )
         self.strength.disabled = True
         self.chosen, self.status, self.link, self.page = (widgets.HTML() for _ in range(4))
+        self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
+        download = widgets.HBox([self.format, self.link])
         buttons = widgets.HBox([self.paint_button, self.stop_button])
-        above = [self.upload_row, *self.controls.values(), self.chosen, self.status, self.link]
+        above = [self.upload_row, *self.controls.values(), self.chosen, self.status, download]
         self.children = [*above, buttons, _make_notice(), self.strength, self.page]
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
         self.paint_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.strength.observe(self._take_strength, names="value")
+        self.format.observe(self._take_format, names="value")
 
     @property
     def is_painting(self) -> bool:
@@ -3274,9 +3594,17 @@ class Panel(widgets.VBox):
             self.paint_button.description = f"Painting … {self.result.progress:.0%}"
 
     def _save(self, run: _PanelRun, step: Step) -> Path:
-        photo, painting = run.sources["photo"], run.sources["painting"]
-        path = save_image(step, self.folder, photo=photo, paintings=[painting])
-        self.link.value = _download_link(path.name, _data_address(path.read_bytes(), "png"))
+        """Save ``step`` in the chosen format, unless that is done, and offer the file."""
+        if step is not run.offered:
+            run.offered, run.files = step, {}
+        kind = self.format.value
+        if kind not in run.files:
+            photo, paintings = run.sources["photo"], [run.sources["painting"]]
+            run.files[kind] = save_image(
+                step, self.folder, photo=photo, paintings=paintings, format=kind
+            )
+        path = run.files[kind]
+        self.link.value = _download_link(path.name, _data_address(path.read_bytes(), kind))
         return path
 
     def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
@@ -3344,5 +3672,15 @@ class Panel(widgets.VBox):
             blend = blend_with_photo(run.step, run.photo, change["new"])
             self.page.value = _picture_tag(blend.image, f"the result at a strength of {strength}")
             self._say(f"At a strength of {strength}, saved as {self._save(run, blend)}.")
+        except Exception as error:
+            self._say(_sentence_of(error))
+
+    def _take_format(self, change: Mapping[str, Any]) -> None:
+        """Offer the latest result in the format that was chosen."""
+        run = self.run
+        if run is None or run.offered is None:
+            return
+        try:
+            self._say(f"Saved as {self._save(run, run.offered)}.")
         except Exception as error:
             self._say(_sentence_of(error))

@@ -51,8 +51,8 @@ def the_form():
     return form
 
 
-def saved_in(folder: Path) -> Path:
-    (path,) = (folder / "outputs").glob("stylized_output_*[0-9].png")
+def saved_in(folder: Path, outputs: str = "outputs") -> Path:
+    (path,) = (folder / outputs).glob("stylized_output_*[0-9].png")
     return path
 
 
@@ -94,6 +94,7 @@ def test_the_form_has_the_default_settings_and_the_config_takes_each():
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
     for name in ("content_picture", "style_picture"):
         assert (ROOT / values.pop(name)).is_file()
+    assert values.pop("output_folder") == "outputs"
     defaults = nst.StyleTransferConfig()
     assert values == {name: getattr(defaults, name) for name in values}
     (config,) = [cell.source for cell in code if cell.source.startswith("config = nst.")]
@@ -118,22 +119,26 @@ def test_every_link_to_a_section_leads_to_one():
 
 @pytest.mark.slow
 def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
-    copy_project(tmp_path, **SMALL, control='"color"', regions=True)
-    command = readme_command("papermill")
+    copy_project(tmp_path, **SMALL, control='"color"', regions=True, photo_folder='"my"')
+    command = [*readme_command("papermill"), "-p", "output_folder", "on/drive"]
     photo, painting = (word for word in command if word.endswith(".jpg"))
     (tmp_path / "my").mkdir()
     shutil.copy(IMAGES / "chelsea.png", tmp_path / photo)
     shutil.copy(IMAGES / "stained_glass.jpg", tmp_path / painting)
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    saved = saved_in(tmp_path)
+    saved = saved_in(tmp_path, "on/drive")
     assert nst.load_image(saved).shape == (1, 3, 43, 64)
-    assert [path.suffix for path in saved.parent.iterdir() if path != saved] == [".webp"]
+    # The painting in its own style, too: the photo was painted already.
+    others = sorted(path.name for path in saved.parent.iterdir() if path != saved)
+    beginnings = ["contact_sheet", "painting", "stylized_output"]
+    assert [re.split(r"_\d", name)[0] for name in others] == beginnings
+    assert [Path(name).suffix for name in others] == [".jpg", ".png", ".webp"]
     record = record_in(saved)
     assert record["finished"]
     assert record["photo"] == sha256(IMAGES / "chelsea.png")
     assert record["paintings"][0] == sha256(IMAGES / "stained_glass.jpg")
-    for part in ("nst.sweep_control(", "keep=pagoda"):
+    for part in ("nst.sweep_control(", "keep=pagoda", "nst.paint_folder("):
         (cell,) = [
             cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if part in cell.source
         ]

@@ -207,6 +207,7 @@ def test_a_panel_shows_all_its_widgets(panel):
         shown += getattr(box, "children", ())
     expected = [*panel.uploads.values(), *panel.controls.values(), panel.paint_button, panel.page]
     expected += [panel.stop_button, panel.strength, panel.chosen, panel.status, panel.link]
+    expected.append(panel.format)
     assert {*expected} <= {*shown}
     assert "children" not in panel._repr_mimebundle_()["text/plain"]  # shown without a kernel
 
@@ -379,6 +380,38 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     assert record_in(third)["notes"] == []
 
 
+def test_the_latest_result_is_offered_in_the_format_that_is_chosen(panel, tmp_path):
+    panel.format.value = "webp"  # counts for the next result
+    paint(panel)
+    (webp,) = tmp_path.iterdir()
+    assert webp.suffix == ".webp"
+    assert_offered(panel, webp)
+    panel.format.value = "jpeg"
+    (jpeg,) = tmp_path.glob("*.jpg")
+    assert_offered(panel, jpeg)
+    assert nst.read_record(jpeg) == nst.read_record(webp)
+    panel.format.value = "webp"
+    assert_offered(panel, webp)
+    assert {*tmp_path.iterdir()} == {webp, jpeg}  # neither was written twice
+    panel.strength.value = 0.5
+    (blend,) = {*tmp_path.iterdir()} - {webp, jpeg}
+    panel.format.value = "jpeg"  # of the blend, though there is a JPEG of the result
+    (other,) = {*tmp_path.iterdir()} - {webp, jpeg, blend}
+    assert_offered(panel, other)
+    assert nst.read_record(other)["notes"] == nst.read_record(blend)["notes"] == ["strength 0.5"]
+
+
+def test_a_format_chosen_while_a_run_paints_counts_at_its_end(panel, gate, tmp_path):
+    panel.start()
+    gate.let_through(1)
+    panel.format.value = "jpeg"
+    assert panel.link.value == ""
+    gate.finish(panel)
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".jpg"
+    assert_offered(panel, path)
+
+
 @pytest.mark.parametrize("error", [MemoryError("Memory <ran> out."), ValueError()])
 def test_an_error_is_said_and_the_picture_so_far_is_saved(monkeypatch, panel, tmp_path, error):
     stylize = nst.stylize
@@ -404,6 +437,9 @@ def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel):
     panel.strength.value = 0.5
     assert "No space left" in words_on(panel.status)
     assert len(files_on(panel.page)) == 1  # the blend is shown all the same
+    panel.status.value = ""
+    panel.format.value = "jpeg"
+    assert "No space left" in words_on(panel.status)
 
 
 def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measured):

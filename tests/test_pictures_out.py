@@ -16,7 +16,7 @@ import torch
 from conftest import IMAGES, NO_SPACE, ROOT, SHALLOW, encoded, fail, half_mask, last, record_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 import nst_helpers as nst
 
@@ -108,6 +108,16 @@ def test_names_of_files_are_refused_as_pictures_and_as_folders(tmp_path, pair):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path):
+    monkeypatch.setattr(nst, "_DRIVE", str(tmp_path))
+    folder = tmp_path / "MyDrive" / "outputs"
+    with pytest.raises(OSError, match="outputs"):
+        nst.prepare_output_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(nst.os.path, "ismount", lambda path: path == str(tmp_path))
+    assert nst.prepare_output_folder(folder).is_dir()
+
+
 # Transparency -------------------------------------------------------------------------------------
 
 
@@ -144,6 +154,155 @@ def test_a_picture_is_saved_even_if_its_photo_is_gone(tmp_path, step):
     assert nst.load_image(path).shape == step.image.shape
     record = record_in(path)
     assert (record["photo"], record["paintings"]) == (None, [None])
+
+
+# Formats ------------------------------------------------------------------------------------------
+
+FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+EXIF, GPS = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo
+WHEN, WHERE = "2026:11:22 10:11:12", (52.0, 30.0, 12.5)
+
+
+def photo_with_exif(kind: str = "JPEG", **more) -> bytes:
+    """60 x 40 pixels, taken by a camera that was held upright and knew where it was."""
+    exif = Image.Exif()
+    exif.update({ExifTags.Base[name]: value for name, value in more.items()})
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.Model] = "Maker", "Model 7"
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Artist] = "somebody"
+    exif[EXIF] = {
+        ExifTags.Base.DateTimeOriginal: WHEN,
+        ExifTags.Base.MakerNote: b"secret" * 20_000 if kind == "PNG" else b"secret",
+        ExifTags.Base.UserComment: b"ASCII\0\0\0of the photo",
+    }
+    exif[GPS] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: WHERE}
+    return encoded(Image.new("RGB", (60, 40), "red"), kind, exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_holds_the_picture_and_its_settings(tmp_path, step, format):
+    path = nst.save_image(step, tmp_path, format=format)
+    assert path.suffix == f".{FORMATS[format]}"
+    with Image.open(path) as saved:
+        assert saved.format == format.upper()
+    assert (nst.load_image(path) - step.image).abs().mean() < (0.003 if format == "png" else 0.02)
+    if format != "png":
+        assert b"\x92\x86\0\7" in path.read_bytes()  # UserComment, undefined, as EXIF has it
+    png = nst.save_image(step, tmp_path)
+    assert nst.read_record(path) == nst.read_record(path.read_bytes()) == record_in(png)
+    assert nst.read_settings(path) == nst.read_settings(png)
+
+
+def test_a_jpeg_keeps_the_colour_of_every_pixel(tmp_path):
+    path = nst.save_image(grey(128), tmp_path, format="jpeg")
+    with Image.open(path) as saved:
+        assert [component[1:3] for component in saved.layer] == [(1, 1)] * 3  # not subsampled
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_date_the_place_and_the_camera_are_kept_if_asked_for(tmp_path, step, kind, format):
+    photo = photo_with_exif(kind)
+    path = nst.save_image(step, tmp_path, photo=photo, format=format, keep_exif=True)
+    with Image.open(path) as saved:
+        exif = saved.getexif()
+        details, place = exif.get_ifd(EXIF), exif.get_ifd(GPS)
+    del exif[EXIF], exif[GPS]
+    assert dict(exif) == {ExifTags.Base.Make: "Maker", ExifTags.Base.Model: "Model 7"}
+    assert details.pop(ExifTags.Base.DateTimeOriginal) == WHEN
+    assert place == {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: WHERE}
+    if format != "png":
+        assert details.pop(ExifTags.Base.ColorSpace) == 1
+        assert b"of the photo" not in details.pop(ExifTags.Base.UserComment)
+    assert details == {}
+    assert nst.read_record(path)["photo"] == hashlib.sha256(photo).hexdigest()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_of_the_photos_exif_is_kept_unless_asked_for(tmp_path, step, format):
+    path = nst.save_image(step, tmp_path, photo=photo_with_exif(), format=format)
+    assert not re.search(b"Maker|2026:11:22|somebody|secret", path.read_bytes())
+    with Image.open(path) as saved:
+        assert saved.getexif().get_ifd(GPS) == {}
+
+
+def test_exif_can_only_be_kept_where_there_is_a_photo(tmp_path, step):
+    with pytest.raises(ValueError, match=r"keep_exif .*True"):
+        nst.save_image(step, tmp_path, keep_exif=True)
+
+
+BAD_EXIF = {
+    "too long": photo_with_exif(LensModel="long" * 2000),
+    "damaged": photo_with_exif("WEBP").replace(b"MM\0*", b"XX\0*"),
+}
+
+
+@pytest.mark.parametrize("photo", BAD_EXIF.values(), ids=BAD_EXIF)
+def test_a_picture_is_saved_without_exif_that_cannot_be_kept(tmp_path, step, photo):
+    with pytest.warns(nst.StyleTransferWarning, match="date"):
+        path = nst.save_image(step, tmp_path, photo=photo, format="jpeg", keep_exif=True)
+    assert nst.read_record(path)["finished"]
+    assert b"Maker" not in path.read_bytes()
+
+
+def test_too_long_a_record_is_left_out(tmp_path, step):
+    with pytest.warns(nst.StyleTransferWarning, match="settings"):
+        path = nst.save_image(step, tmp_path, paintings=[b""] * 1000, format="jpeg")
+    with pytest.raises(ValueError, match=path.name):
+        nst.read_record(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_resolution_is_written_in_dots_per_inch(tmp_path, step, format):
+    with Image.open(nst.save_image(step, tmp_path, format=format, dpi=300)) as saved:
+        exif, dpi = saved.getexif(), saved.info.get("dpi")
+    if format != "png":
+        assert exif[ExifTags.Base.XResolution] == exif[ExifTags.Base.YResolution] == 300
+        assert exif[ExifTags.Base.ResolutionUnit] == 2
+    assert format == "webp" or dpi == pytest.approx((300, 300), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format", "JPG"), ("format", None), ("dpi", 0), ("dpi", 70_000), ("dpi", "300")],
+)
+def test_other_formats_and_resolutions_are_refused(tmp_path, step, name, value):
+    with pytest.raises(ValueError, match=f"{name} .*{value!r}"):
+        nst.save_image(step, tmp_path, **{name: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("format", "limit"), [("jpeg", 65_500), ("webp", 16_383)])
+def test_a_picture_too_long_for_its_format_is_refused(tmp_path, format, limit):
+    longest = nst.save_image(torch.zeros(1, 3, 16, limit), tmp_path, format=format)
+    with Image.open(longest) as saved:
+        assert saved.size == (limit, 16)
+    with pytest.raises(ValueError, match=f"format .*{format}.* {limit + 1}"):
+        nst.save_image(torch.zeros(1, 3, 16, limit + 1), tmp_path, format=format)
+
+
+def test_a_webp_is_as_transparent_as_the_photo_and_a_jpeg_white_there(tmp_path):
+    photo = transparent_photo("colour")
+    black = torch.zeros(1, 3, 20, 30)
+    with Image.open(nst.save_image(black, tmp_path, photo=photo, format="webp")) as saved:
+        assert [saved.getpixel((x, 10))[3] for x in (5, 25)] == [0, 255]
+    with pytest.warns(nst.StyleTransferWarning, match="JPEG"):
+        path = nst.save_image(black, tmp_path, photo=photo, format="jpeg")
+    with Image.open(path) as saved:
+        levels = [saved.getpixel((x, 10))[0] for x in (5, 25)]
+    assert levels == pytest.approx([255, 0], abs=4)
+
+
+def test_a_jpeg_of_an_opaque_photo_with_alpha_is_saved_without_a_warning(tmp_path):
+    photo = encoded(Image.new("RGBA", (60, 40), "red"))
+    with Image.open(nst.save_image(grey(9), tmp_path, photo=photo, format="jpeg")) as saved:
+        assert saved.mode == "RGB"
+
+
+@pytest.mark.usefixtures("one_second")
+def test_a_file_can_be_named(tmp_path):
+    path = nst.save_image(grey(9), tmp_path, name="lion 100%d")
+    assert path.name == "lion 100%d_20261122_101112.png"
 
 
 # Timelapse ----------------------------------------------------------------------------------------
@@ -196,7 +355,7 @@ def test_a_killed_run_leaves_its_latest_picture(tmp_path):
     (path,) = tmp_path.iterdir()
     assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.partial\.png", path.name)
     assert nst.load_image(path).std() > 0.05
-    assert nst.settings_from_png(path).num_steps == 10**6
+    assert nst.read_settings(path).num_steps == 10**6
     assert record_in(path)["finished"] is False
 
 
@@ -262,7 +421,7 @@ def repaint(config: nst.StyleTransferConfig) -> nst.Step:
 def test_the_settings_in_a_png_give_the_same_picture_again(tmp_path):
     config = replace(IN_A_RUN, max_size=72, noise=0.1, seed=7, color="content", checkpoint=False)
     step = repaint(config)
-    again = nst.settings_from_png(nst.save_image(step, tmp_path))
+    again = nst.read_settings(nst.save_image(step, tmp_path))
     assert again == config
     assert torch.equal(repaint(again).image, step.image)
 
@@ -271,7 +430,7 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     path = nst.save_image(step, tmp_path, photo=SOURCES[0], paintings=SOURCES[1:])
     record = record_in(path)
     assert record == nst.read_record(path) == nst.read_record(path.read_bytes())
-    assert nst.StyleTransferConfig(**record["settings"]) == nst.settings_from_png(path)
+    assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
     assert record["photo"] == sha256(SOURCES[0])
     assert record["paintings"] == [sha256(SOURCES[1])]
     assert record["own_pictures"] == record["notes"] == []
@@ -304,10 +463,10 @@ def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
 
 def test_given_settings_replace_those_in_the_file(tmp_path, step):
     path = nst.save_image(step, tmp_path)
-    changed = nst.settings_from_png(path, num_steps=99, weights="torchvision")
-    assert changed == replace(nst.settings_from_png(path), num_steps=99, weights="torchvision")
+    changed = nst.read_settings(path, num_steps=99, weights="torchvision")
+    assert changed == replace(nst.read_settings(path), num_steps=99, weights="torchvision")
     with pytest.raises(ValueError, match=r"num_steps .*0"):
-        nst.settings_from_png(path, num_steps=0)
+        nst.read_settings(path, num_steps=0)
 
 
 @pytest.mark.parametrize("name", ["masks", "keep", "start"])
@@ -319,7 +478,7 @@ def test_masks_keep_and_start_must_be_given_again(tmp_path, shallow, pair, name)
     path = nst.save_image(step, tmp_path)
     assert record_in(path)["own_pictures"] == [name]
     with pytest.warns(nst.StyleTransferWarning, match=name):
-        assert nst.settings_from_png(path).num_steps == IN_A_RUN.num_steps
+        assert nst.read_settings(path).num_steps == IN_A_RUN.num_steps
 
 
 def test_weights_of_your_own_must_be_given_again(tmp_path, step):
@@ -327,8 +486,8 @@ def test_weights_of_your_own_must_be_given_again(tmp_path, step):
     network.source, network.sha256 = "my_vgg19.pth", "ab" * 32
     path = nst.save_image(replace(step, job=replace(step.job, network=network)), tmp_path)
     with pytest.raises(ValueError, match=f"weights .*{network.sha256}"):
-        nst.settings_from_png(path)
-    assert nst.settings_from_png(path, weights="my_vgg19.pth").weights == "my_vgg19.pth"
+        nst.read_settings(path)
+    assert nst.read_settings(path, weights="my_vgg19.pth").weights == "my_vgg19.pth"
 
 
 positive = st.floats(1e-6, 100)
@@ -345,12 +504,12 @@ PAINTED = st.fixed_dictionaries(
 
 
 @settings(max_examples=25, deadline=None)
-@given(PAINTED)
-def test_settings_survive_the_png_to_the_last_bit(tmp_path_factory, step, values):
+@given(PAINTED, st.sampled_from([*FORMATS]))
+def test_settings_survive_the_file_to_the_last_bit(tmp_path_factory, step, values, format):
     config = replace(SHALLOW, checkpoint=False, **values)
     painted = replace(step, total=config.num_steps, job=replace(step.job, config=config))
-    path = nst.save_image(painted, tmp_path_factory.mktemp("out"))
-    assert nst.settings_from_png(path) == config
+    path = nst.save_image(painted, tmp_path_factory.mktemp("out"), format=format)
+    assert nst.read_settings(path) == config
 
 
 # A PNG from another machine or from elsewhere -----------------------------------------------------
@@ -374,11 +533,11 @@ def test_settings_of_a_gpu_are_read_on_a_machine_without(monkeypatch, device, pr
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     data = png_with(settings_with(device=device, precision=precision))
     with pytest.warns(nst.StyleTransferWarning, match=device):
-        config = nst.settings_from_png(data)
+        config = nst.read_settings(data)
     assert config.device == "auto"
     assert nst.load_network(config).device == torch.device("cpu")  # it can be painted
     with pytest.raises(ValueError, match=f"device .*{device}"):
-        nst.settings_from_png(data, device=device)
+        nst.read_settings(data, device=device)
 
 
 ELSEWHERE = {
@@ -399,7 +558,7 @@ def test_unusable_records_are_refused_in_one_sentence(tmp_path, text):
     path = tmp_path / "elsewhere.png"
     path.write_bytes(png_with(text))
     with pytest.raises(ValueError, match=r"elsewhere\.png") as error:
-        nst.settings_from_png(path)
+        nst.read_settings(path)
     assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
 
@@ -409,12 +568,15 @@ NO_RECORDS = {
     "a picture without a record": (IMAGES / "chelsea.png").read_bytes(),
     "nothing": b"",
     "a PNG that is cut off": png_with(settings_with())[:100],
+    "a photo": photo_with_exif(),
+    "a photo as WebP": photo_with_exif("WEBP"),
+    "a JPEG without EXIF": encoded(Image.new("RGB", (20, 20)), "JPEG"),
     "a record with another bit": png_with(settings_with()).replace(b'"seed": 0', b'"seed": 1'),
 }
 
 
 @pytest.mark.parametrize("data", NO_RECORDS.values(), ids=NO_RECORDS)
-@pytest.mark.parametrize("read", [nst.read_record, nst.settings_from_png])
+@pytest.mark.parametrize("read", [nst.read_record, nst.read_settings])
 def test_a_file_without_a_record_is_refused(read, data):
     with pytest.raises(ValueError, match="the uploaded picture"):
         read(data)
