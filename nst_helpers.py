@@ -2113,9 +2113,9 @@ def _opened(found: Any) -> Any:
     return open(found, "rb") if isinstance(found, str) else contextlib.nullcontext(found)
 
 
-def _upright(opened: Image.Image) -> Image.Image:
-    """A copy of the picture, upright, with its pixels read, so that damage shows now."""
-    picture = opened.copy()
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    """The picture itself, upright, with its pixels read, so that damage shows now."""
+    picture.load()
     with contextlib.suppress(Exception):  # Pillow fails on odd EXIF tags, but only after turning
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
@@ -2187,13 +2187,13 @@ def _shows_nothing(picture: Image.Image) -> bool:
 
 def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     """The first frame, or the first that shows something; a transparent one without its alpha."""
-    picture = first = _to_srgb(_upright(opened), name)
-    if opened.format == "JPEG":
-        return first
+    if opened.format == "JPEG":  # one frame without alpha; a copy would take time
+        return _to_srgb(_turn_upright(opened), name)
+    picture = first = _to_srgb(_turn_upright(opened.copy()), name)
     with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
         while _shows_nothing(picture):
             opened.seek(opened.tell() + 1)
-            picture = _to_srgb(_upright(opened), name)
+            picture = _to_srgb(_turn_upright(opened.copy()), name)
         return picture
     if _alpha_range(first) != (0, 0):
         return first
