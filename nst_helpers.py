@@ -1399,6 +1399,13 @@ def _fit_mask(mask: Tensor, size: _Size) -> Tensor:
     return nn.functional.interpolate(grey, tuple(size), mode="area")
 
 
+def _fill_hidden(image: Tensor, mask: Tensor) -> Tensor:
+    """The image with the mean colour of what is visible where the mask, (1, 3, h, w), is black."""
+    visible = _fit_mask(mask, _size_of(image)).to(image)
+    mean = (image * visible).sum((2, 3), keepdim=True) / visible.sum().clamp_min(_SMALLEST_NORM)
+    return mean.lerp(image, visible)
+
+
 def _stride_of(layer: str) -> int:
     """Pixels of the image per position of ``layer``, along each side."""
     return 2 ** (_block_of(layer) - 1)
@@ -1427,39 +1434,41 @@ class _OptionsJob(Job):
     keep: Tensor | None = None
     visible: Sequence[Tensor | None] = ()
 
-    def _visible_parts(self) -> list[Tensor]:
-        """The paintings, or else their N visible pixels, (1, 3, 1, N): for their colours."""
-        parts = list(self.styles)
+    def _see_styles(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The paintings, filled where they are hidden, and their visible pixels, (1, 3, 1, N)."""
+        styles, parts = list(self.styles), list(self.styles)
         for number, visible in enumerate(self.visible):
             if visible is not None:
-                weight = _fit_mask(visible, _size_of(parts[number])).flatten()
-                chosen = (weight > weight.max() / 2).to(self.content.device)
-                parts[number] = parts[number].flatten(2)[:, :, None, chosen]
-        return parts
+                style = self.styles[number]
+                weight = _fit_mask(visible, _size_of(style)).flatten()
+                chosen = (weight > weight.max() / 2).to(style.device)
+                styles[number] = _fill_hidden(style, visible)
+                parts[number] = style.flatten(2)[:, :, None, chosen]
+        return styles, parts
 
     def match_palettes(self) -> tuple[Tensor, Sequence[Tensor]]:
         """The photo in the palettes of the paintings, or the other way round.
 
         With masks, each painting's palette goes where its mask is white.
         """
+        styles, parts = self._see_styles()
         if self.config.color != "style":
             target = self.channels(self.content)
             matched = []
-            for style, part in zip(self.styles, self._visible_parts(), strict=True):
+            for style, part in zip(styles, parts, strict=True):
                 recolored = match_colors(self.channels(style), target, self.channels(part))
                 matched.append(recolored.clamp(0, 1))
             return self.content, matched
-        parts = self._visible_parts()
         if not self.masks:
             recolored, _ = Job.match_palettes(replace(self, styles=parts))
-            return recolored, self.styles
+            return recolored, styles
         masks = [_fit_mask(mask, _size_of(self.content)).to(self.content) for mask in self.masks]
         total = torch.stack(masks).sum(0).clamp_min(1)
         shares = [mask / total for mask in masks]
         recolored = self.content * (1 - sum(shares))
         for part, share in zip(parts, shares, strict=True):
             recolored = recolored + share * match_colors(self.content, part).clamp(0, 1)
-        return recolored.clamp(0, 1), self.styles
+        return recolored.clamp(0, 1), styles
 
     def channels(self, image: Tensor) -> Tensor:
         """What is painted of an image: all of it, or its luminance, (1, 1, H, W)."""
@@ -2228,7 +2237,7 @@ def _tiff_tags(file: IO[bytes]) -> Any:
 
 def _is_raw(head: bytes, tags: Any) -> bool:
     """Whether it is a camera's raw file, of which Pillow would read a small preview at best."""
-    if head.startswith(_RAW_STARTS) or b"ftypcrx" in head[4:11] or (tags and head[8:10] == b"CR"):
+    if head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2":
         return True
     with contextlib.suppress(Exception):
         has_preview_first = tags.get(254, 0) & 1 and 330 in tags  # NewSubfileType, SubIFDs
@@ -2242,7 +2251,9 @@ def _decode_wide_tiff(file: IO[bytes], tags: Any) -> Image.Image:
     width, height, samples = tags[256], tags[257], tags[277]
     kind, bits, counts = "uif"[tags.get(339, [1])[0] - 1], tags[258][0], tags[279]
     pixels = width * height
-    if tags[259] != 1 or samples < 3 or sum(counts) != pixels * samples * bits // 8:
+    is_plain = tags[262] == 2 and tags[259] == 1 and samples >= 3  # RGB, uncompressed
+    is_whole = sum(counts) == pixels * samples * bits // 8
+    if not is_plain or not is_whole or pixels > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError
     data = b""
     for offset, count in zip(tags[273], counts, strict=True):
@@ -2472,8 +2483,8 @@ def load_painting(
     image, alpha = pixels[:, :3], pixels[:, 3:]
     if picture.mode == "RGB" or alpha.min() == 1:
         return image, None
-    mean = (image * alpha).sum((2, 3), keepdim=True) / alpha.sum().clamp_min(_SMALLEST_NORM)
-    return mean.lerp(image, alpha), alpha.expand(1, 3, -1, -1)
+    visible = alpha.expand(1, 3, -1, -1)
+    return _fill_hidden(image, visible), visible
 
 
 def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Tensor:

@@ -379,6 +379,18 @@ def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measure
         assert picture.getchannel("A").getextrema() == (99, 99)
 
 
+def test_of_a_cut_out_painting_only_what_is_visible_counts(panel):
+    assert panel.visible is None
+    cut_out = Image.open(SOURCES["painting"]).resize((60, 40)).convert("RGBA")
+    cut_out.paste((255, 255, 255, 0), (30, 0, 60, 40))
+    upload(panel, "painting", encoded(cut_out))
+    paint(panel)
+    (visible,) = panel.result.job.visible
+    assert visible.shape == (1, 3, 40, 60)
+    assert visible[..., :30].min() == 1
+    assert visible[..., 30:].max() == 0
+
+
 def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):
     upload(panel, "photo", CHELSEA)
     again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
