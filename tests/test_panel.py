@@ -55,6 +55,8 @@ def test_colab_asks_only_for_a_missing_file(colab):
     given = {which: str(path) for which, path in SOURCES.items()}
     assert nst.choose_pictures(**given) == given
     colab.answers = [{"../../etc/evil name.png": CHELSEA}, {}]
+    pasted = {"photo": f"'{SOURCES['photo']}'", "painting": "https://example.org/a.jpg"}
+    assert nst.choose_pictures(**pasted) == pasted
     missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
     assert nst.choose_pictures(**missing) == missing | {"photo": CHELSEA}
 
