@@ -1610,7 +1610,8 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     if strips == _ALL_BLOCKS:
         total += min(pixels, _STRIP_ROWS * size[1]) * _BYTES_OF_STRIP
     if isinstance(job, _OptionsJob):
-        total += pixels * _BYTES_OF_REGION * len(job.masks)
+        looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
+        total += pixels * _BYTES_OF_REGION * (len(job.masks) + looks)
     if job.network.dtype != torch.float32:
         total *= _HALF_PRECISION_SHARE
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
@@ -2046,9 +2047,8 @@ def _name_of(source: _Source) -> str:
     """What an error calls the source."""
     if isinstance(source, (str, os.PathLike)):
         return f"'{_place_of(source)}'"
-    return (
-        "the picture" if isinstance(source, (Image.Image, np.ndarray)) else "the uploaded picture"
-    )
+    is_decoded = isinstance(source, (Image.Image, np.ndarray))
+    return "the picture" if is_decoded else "the uploaded picture"
 
 
 @functools.lru_cache(maxsize=2)  # a result is saved with its photo: what was painted, not newer
@@ -2108,11 +2108,11 @@ def _find(source: Any) -> Any:
         return source
     data = source
     if hasattr(source, "read"):
-        if source.seekable():
+        with contextlib.suppress(AttributeError, OSError):  # not every file can
             source.seek(0)
         data = source.read()
     if isinstance(data, (bytes, bytearray, memoryview)):
-        return io.BytesIO(data)
+        return io.BytesIO(bytes(data))
     allowed = "a path, an address, the bytes of a file, a file opened with 'rb', a PIL picture"
     raise ValueError(f"a picture must be {allowed} or an array, not {_shown(source)}.")
 
@@ -2139,12 +2139,12 @@ def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
     return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
 
 
-def _encode_srgb(level: int) -> int:
-    """The sRGB level, 0 to 255, of a level of light."""
-    light = level / 255
-    return round(
-        255 * (12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055)
-    )
+def _light_to_srgb(rgb: Image.Image) -> Image.Image:
+    """A picture in RGB or RGBA whose colours are in proportion to light, in sRGB."""
+    lights = [level / 255 for level in range(256)]
+    curve = [12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055 for x in lights]
+    levels = [round(255 * value) for value in curve] * 3 + list(range(256))  # the same alpha
+    return rgb.point(levels[: 256 * len(rgb.mode)])
 
 
 def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
@@ -2168,13 +2168,11 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _reduce_to_8_bits(picture)
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    info = picture.info
     if picture.mode == "LAB":
         return rgb
-    if not info.get("icc_profile"):
-        is_linear = info.get("gamma") == 1 and "srgb" not in info  # the gAMA of a PNG
-        curve = [_encode_srgb(level) for level in range(256)] * 3 + list(range(256))
-        return rgb.point(curve[: 256 * len(rgb.mode)]) if is_linear else rgb
+    if not picture.info.get("icc_profile"):
+        is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
+        return _light_to_srgb(rgb) if is_linear else rgb
     try:
         return _apply_profile(picture, rgb)
     except (ImageCms.PyCMSError, ValueError) as error:
@@ -2372,7 +2370,10 @@ def _read_with_fewer_chunks(file: IO[bytes], max_size: int, name: str) -> Image.
     """A picture file; a PNG with too large texts, or too large a profile, without those."""
     try:
         return _read(file, max_size, name)
-    except ValueError:  # Pillow's, for what is too large; damage is another error
+    except ValueError as error:  # Pillow's, for what is too large; damage is another error
+        file.seek(0)
+        if isinstance(error, _PictureError) or file.read(4) != b"\x89PNG":
+            raise
         file.seek(0)
         data = file.read()
         for dropped in (_TEXT_CHUNKS, (*_TEXT_CHUNKS, b"iCCP")):
