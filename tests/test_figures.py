@@ -228,6 +228,7 @@ def test_every_run_of_a_sweep_has_the_masks_and_the_start(shallow, pair, picture
     size = photo.shape[2:]
     masks = [half_mask(size), half_mask(size, left=False)]
     given = {"masks": masks, "keep": half_mask(size), "start": 1 - photo}
+    given["visible"] = [half_mask(painting.shape[2:]), None]
     paintings = [painting, nst.shrink_to(pictures["stained_glass"], 64)]
     sheet = nst.sweep(photo, paintings, QUICK, shallow, **given, style_weight=(3, 300))
     for style_weight, image in zip((3, 300), sheet.values(), strict=True):

@@ -61,7 +61,8 @@ def two_regions(vgg, pictures):
     canvas = nst._pad(canvas)
     guides = {layer: torch.ones(2, 1, 1, 1) for layer in config.style_layers}
     regions = nst._Regions(guides, (0.3, 0.7))
-    targets = nst._find_targets(vgg, photo, styles, config, regions)
+    job = nst.Job(photo, styles, config, vgg, scales=[])
+    targets = nst._find_targets(vgg, photo, styles, job, regions)
     seen = vgg.look(canvas, config.content_layers, config.style_layers, guides)
     return targets, config, (canvas, *seen)
 

@@ -172,6 +172,34 @@ def test_keep_may_have_another_size_and_counts_by_the_mean_of_its_channels(shall
     assert_close(paint(*pair, shallow, keep=red), expected, 1e-6)
 
 
+@pytest.mark.parametrize("color", ["style", "content", "luminance"])
+def test_what_is_hidden_of_a_painting_counts_neither_in_style_nor_in_colours(shallow, pair, color):
+    photo, painting = pair
+    left = half_mask(painting.shape[2:])
+    in_white, in_black = painting * left + 1 - left, painting * left
+    seen = [
+        paint(photo, style, shallow, color=color, visible=left) for style in (in_white, in_black)
+    ]
+    cropped = paint(photo, painting[..., : painting.shape[3] // 2], shallow, color=color)
+    whole = paint(photo, in_white, shallow, color=color)
+    assert mean_change(*seen) < 1e-4
+    assert mean_change(seen[0], cropped) < 0.02
+    assert mean_change(seen[0], whole) > 0.03
+
+
+def test_each_painting_has_its_own_visible_part(shallow, trio):
+    photo, *paintings = trio
+    white = torch.ones_like(paintings[0])
+    plain = paint(photo, paintings, shallow)
+    assert_close(paint(photo, paintings, shallow, visible=[white, None]), plain, atol=1e-3)
+    parts = [None, half_mask(paintings[1].shape[2:])]
+    assert mean_change(paint(photo, paintings, shallow, visible=parts), plain) > 0.003
+    with pytest.raises(ValueError, match=r"visible must .* not 1"):
+        paint(photo, paintings, shallow, visible=white)
+    with pytest.raises(ValueError, match=r"visible\[1\] must"):
+        paint(photo, paintings, shallow, visible=[None, 0 * white])
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 

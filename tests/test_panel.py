@@ -20,7 +20,7 @@ import nst_helpers as nst
 
 SOURCES = {"photo": IMAGES / "china.jpg", "painting": IMAGES / "starry_night.jpg"}
 CHELSEA = (IMAGES / "chelsea.png").read_bytes()
-TRANSPARENT = encoded(Image.new("RGBA", (60, 40), (200, 120, 40, 0)))
+TRANSPARENT = encoded(Image.new("RGBA", (60, 40), (200, 120, 40, 99)))
 
 
 def files_on(widget) -> list[bytes]:
@@ -96,6 +96,8 @@ def test_colab_asks_only_for_a_missing_file(colab):
     given = {which: str(path) for which, path in SOURCES.items()}
     assert nst.choose_pictures(**given) == given
     colab.answers = [{"../../etc/evil name.png": CHELSEA}, {}]
+    pasted = {"photo": f"'{SOURCES['photo']}'", "painting": "https://example.org/a.jpg"}
+    assert nst.choose_pictures(**pasted) == pasted
     missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
     assert nst.choose_pictures(**missing) == missing | {"photo": CHELSEA}
 
@@ -451,7 +453,19 @@ def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measure
     upload(panel, "photo", TRANSPARENT)
     paint(panel)
     with Image.open(saved(tmp_path)) as picture:  # as transparent as its photo
-        assert picture.getchannel("A").getextrema() == (0, 0)
+        assert picture.getchannel("A").getextrema() == (99, 99)
+
+
+def test_of_a_cut_out_painting_only_what_is_visible_counts(panel):
+    assert panel.visible is None
+    cut_out = Image.open(SOURCES["painting"]).resize((60, 40)).convert("RGBA")
+    cut_out.paste((255, 255, 255, 0), (30, 0, 60, 40))
+    upload(panel, "painting", encoded(cut_out))
+    paint(panel)
+    (visible,) = panel.result.job.visible
+    assert visible.shape == (1, 3, 40, 60)
+    assert visible[..., :30].min() == 1
+    assert visible[..., 30:].max() == 0
 
 
 def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):

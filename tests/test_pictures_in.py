@@ -1,15 +1,22 @@
 """Pictures in: every format, mode and orientation comes in right; damage is refused."""
 
+import contextlib
+import functools
+import http.server
 import io
 import struct
+import threading
 import warnings
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from conftest import IMAGES, assert_close, fail
-from PIL import Image, ImageCms, features
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, TiffImagePlugin, features
 
 import nst_helpers as nst
 
@@ -36,9 +43,11 @@ MODES = {
     "BMP": ("1", "L", "P", "RGB"),
     "APNG": ("animated",),
 }
+pillow_heif.register_heif_opener()  # to write HEIC
+MODES["HEIF"] = ("RGB", "RGBA")
 if "avif" in features.modules and features.check("avif"):  # newer versions of Pillow
     MODES["AVIF"] = ("RGB", "RGBA")
-TURNABLE = ("JPEG", "PNG", "WEBP", "TIFF")
+TURNABLE = ("JPEG", "PNG", "WEBP", "TIFF", "HEIF")
 CASES = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
 RED, GREEN, BLUE, WHITE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
 
@@ -79,6 +88,16 @@ def encoded(picture: Image.Image, kind: str = "PNG", mode: str = "RGB", **option
         options["transparency"] = picture.info["transparency"]
     picture.save(file, "PNG" if kind == "APNG" else kind, **options)
     return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def with_chunk(data: bytes, added: bytes) -> bytes:
+    """A PNG with more chunks after its first one."""
+    return data[:33] + added + data[33:]
 
 
 def corners(image: torch.Tensor) -> torch.Tensor:
@@ -155,21 +174,127 @@ def test_more_than_8_bits_are_scaled_and_not_cut_off(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_a_transparent_picture_is_put_on_white(mode):
-    clear_black = Image.new("RGBA", (20, 20), (0, 0, 0, 0)).convert(mode)
-    assert nst.load_image(clear_black).min() == 1
     half_black = Image.new("RGBA", (20, 20), (0, 0, 0, 128)).convert(mode)
     assert nst.load_image(half_black).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_wholly_transparent_picture_shows_what_is_under_its_alpha():
+    hidden = four_corners()
+    hidden.putalpha(0)
+    with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
+        image = nst.load_image(encoded(hidden, "PNG", "RGBA"))
+    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
+    with pytest.raises(ValueError, match=r"the uploaded picture .* transparent"):
+        nst.load_image(encoded(Image.new("RGBA", SIZE), "PNG", "RGBA"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("color", [(0, 0, 0, 0), (255, 255, 255, 255)])
+def test_the_first_frame_that_shows_something_is_read(kind, color):
+    frames = [Image.new("RGBA", SIZE, color), four_corners().convert("RGBA")]
+    options = {"save_all": True, "append_images": frames, "duration": 100, "lossless": True}
+    file = io.BytesIO()
+    frames[0].save(file, kind, **options)
+    image = nst.load_image(file.getvalue())
+    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
 
 
 # Sources, sizes, devices --------------------------------------------------------------------------
 
 
-def test_a_path_its_text_its_bytes_and_the_picture_give_the_same_tensor(tmp_path):
+def test_every_kind_of_source_gives_the_same_tensor(tmp_path):
     path = tmp_path / "picture.png"
     four_corners().save(path)
+    data, array = path.read_bytes(), np.asarray(four_corners())
     expected = nst.load_image(path)
-    for source in (str(path), path.read_bytes(), four_corners(), Image.open(path)):
-        assert torch.equal(nst.load_image(source), expected)
+    with path.open("rb") as file:
+        of_bytes = (data, bytearray(data), memoryview(data), io.BytesIO(data), file, path)
+        for source in (*of_bytes, four_corners(), Image.open(path), array, array / 255):
+            for _ in range(2):  # the panel reads a source more than once
+                assert torch.equal(nst.load_image(source), expected)
+        assert len({nst._sha256_of(source) for source in of_bytes}) == 1
+    assert nst._sha256_of(array) is None
+
+
+@pytest.mark.parametrize(
+    ("pasted", "folder"),
+    [
+        ("{}", "my photos"),
+        ('"{}"', "my photos"),
+        (" '{}'\n", "my photos"),
+        ("file://{}", "plain"),
+        ("file://{}", "my%20photos"),
+        ("{}", "my\\ photos"),
+    ],
+)
+def test_a_path_is_taken_as_people_paste_it(pasted, folder, tmp_path):
+    path = tmp_path / folder.replace("%20", " ").replace("\\", "") / "cat.png"
+    path.parent.mkdir()
+    four_corners().save(path)
+    image = nst.load_image(pasted.format(tmp_path / folder / "cat.png"))
+    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+
+
+def test_a_path_may_begin_at_home_and_have_backslashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    four_corners().save(tmp_path / "cat.png")
+    for pasted in ("~/cat.png", r"~\cat.png"):
+        torch.testing.assert_close(corners(nst.load_image(pasted)), expected_corners("RGB"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        7,
+        None,
+        io.StringIO("text"),
+        np.zeros((20, 20), np.uint8),
+        np.zeros((20, 20, 3), np.int64),
+        np.full((20, 20, 3), 2.0),
+        np.full((20, 20, 3), np.nan),
+    ],
+    ids=["number", "nothing", "text", "grey", "integers", "too bright", "NaN"],
+)
+def test_other_sources_are_refused(source):
+    with pytest.raises(ValueError, match="must be"):
+        nst.load_image(source)
+
+
+@pytest.fixture
+def website(tmp_path):
+    """An address at which the files in ``tmp_path`` are."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            """Say nothing."""
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_is_downloaded(website, tmp_path):
+    path = tmp_path / "my cät.png"
+    four_corners().save(path)
+    image = nst.load_image(f" {website}/my cät.png\n")
+    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+    assert nst._sha256_of(f"{website}/my cät.png") == nst._sha256_of(path)
+
+
+def test_a_failed_download_is_a_connection_error(website, tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    with pytest.raises(ConnectionError, match=r"missing\.png.*404"):
+        nst.load_image(f"{website}/missing.png")
+    for limit, error in (("_DOWNLOAD_LIMIT", "large.png.*over"), ("_DOWNLOAD_SECONDS", "over")):
+        with monkeypatch.context() as patch:
+            patch.setattr(nst, limit, -1)
+            with pytest.raises(ConnectionError, match=error):
+                nst.load_image(f"{website}/large.png")
+    with pytest.raises(ConnectionError, match="https://not an address"):
+        nst.load_image("https://not an address")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +386,133 @@ def test_a_damaged_profile_is_left_out_with_a_warning(profile, tmp_path):
     assert_close(corners(image), expected_corners("RGB"), atol=0.01)
 
 
+def test_a_profile_of_another_kind_is_left_out_with_a_warning():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for_print = srgb[:16] + b"CMYK" + srgb[20:]
+    cases = [("RGB", linear_grey_profile()), ("L", swapped_profile()), ("RGB", for_print)]
+    for mode, profile in cases:
+        with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
+            image = nst.load_image(encoded(four_corners(), "PNG", mode, icc_profile=profile))
+        assert_close(corners(image), expected_corners(mode), atol=0.01)
+
+
+def test_a_linear_png_is_converted_to_srgb():
+    grey = Image.new("RGBA", SIZE, (55, 55, 55, 255))
+    gamma = chunk(b"gAMA", struct.pack(">I", 100000))
+    image = nst.load_image(with_chunk(encoded(grey, "PNG", "RGBA"), gamma))
+    assert image.unique().tolist() == pytest.approx([128 / 255], abs=0.005)
+    with_srgb = with_chunk(encoded(grey), gamma + chunk(b"sRGB", b"\0"))
+    assert nst.load_image(with_srgb).unique().tolist() == pytest.approx([55 / 255])
+
+
+@pytest.mark.parametrize("curve", [16, 18])  # PQ, HLG
+@pytest.mark.parametrize("kind", ["PNG", "HEIF"])
+def test_hdr_is_warned_of(kind, curve):
+    if kind == "PNG":
+        data = with_chunk(encoded(four_corners()), chunk(b"cICP", bytes([9, curve, 0, 1])))
+    else:
+        data = encoded(four_corners(), "HEIF", color_primaries=9, transfer_characteristics=curve)
+    with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture is HDR"):
+        nst.load_image(data)
+
+
+# Cut-outs -----------------------------------------------------------------------------------------
+
+
+def cut_out() -> Image.Image:
+    """Four corners, of which the left half is opaque, the rest transparent green."""
+    picture = four_corners().convert("RGBA")
+    picture.paste((0, 255, 0, 0), (32, 0, 64, 48))
+    return picture
+
+
+def test_a_mask_is_the_alpha_of_a_cut_out_or_the_luminance():
+    mask = nst.load_mask(cut_out())
+    assert mask.shape == (1, 3, 48, 64)
+    assert (mask[..., :32] == 1).all()
+    assert (mask[..., 32:] == 0).all()
+    drawn = nst.load_mask(four_corners().convert("RGBA"))
+    assert_close(corners(drawn), expected_corners("L"), atol=0.01)
+    with pytest.warns(nst.StyleTransferWarning, match="the picture is 100% white"):
+        nst.load_mask(Image.new("RGB", SIZE, "white"))
+
+
+def test_a_painting_comes_with_where_it_is_visible():
+    painting, visible = nst.load_painting(cut_out())
+    assert torch.equal(visible, nst.load_mask(cut_out()))
+    assert_close(corners(painting)[[0, 2]], torch.stack([RED, BLUE]), atol=0.01)
+    mean = torch.tensor([0.5, 0, 0.5]).expand(2, 3)  # of red and blue
+    assert_close(corners(painting)[[1, 3]], mean, atol=0.01)
+    opaque, everywhere = nst.load_painting(four_corners())
+    assert everywhere is None
+    assert torch.equal(opaque, nst.load_image(four_corners()))
+
+
+# Raw files and unusual TIFFs ----------------------------------------------------------------------
+
+
+def tiff(picture: Image.Image, **tags) -> bytes:
+    """A TIFF with more tags, by their numbers."""
+    more = TiffImagePlugin.ImageFileDirectory_v2()
+    for number, (kind, value) in {int(name[1:]): tag for name, tag in tags.items()}.items():
+        more.tagtype[number] = kind
+        more[number] = value
+    return encoded(picture, "TIFF", tiffinfo=more)
+
+
+RAW = {
+    "DNG": tiff(four_corners(), t50706=(1, b"\1\4\0\0")),
+    "NEF": tiff(four_corners(), t254=(4, 1), t330=(4, (8,))),
+    "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff(four_corners())[12:],
+    "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
+    "RAF": b"FUJIFILMCCD-RAW " + bytes(100),
+}
+
+
+@pytest.mark.parametrize("data", RAW.values(), ids=RAW)
+def test_a_raw_file_is_refused_as_one(data):
+    with pytest.raises(ValueError, match="raw file: export it as JPEG or TIFF"):
+        nst.load_image(data)
+
+
+@pytest.mark.parametrize("tags", [{"t254": (4, 1)}, {"t330": (4, (8,))}])
+def test_an_ordinary_tiff_with_other_pages_is_read(tags):
+    image = nst.load_image(tiff(four_corners(), **tags))
+    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+
+
+def wide_tiff(array: np.ndarray, planar: int = 1, compression: int = 1) -> bytes:
+    """A TIFF of RGB in one strip, with the numbers of ``array``, (H, W, 3), as they are."""
+    kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    pixels = (array.transpose(2, 0, 1) if planar == 2 else array).tobytes()
+    height, width = array.shape[:2]
+    bits = 8 * array.dtype.itemsize
+    tags = {256: width, 257: height, 259: compression, 262: 2, 273: 8, 277: 3, 278: height}
+    tags |= {279: len(pixels), 284: planar}
+    end = 8 + len(pixels)
+    triples = {258: struct.pack("<3H", *[bits] * 3), 339: struct.pack("<3H", *[kind] * 3)}
+    where = {258: end, 339: end + 6}
+    entries = [struct.pack("<HHII", number, 4, 1, value) for number, value in tags.items()]
+    entries += [struct.pack("<HHII", number, 3, 3, where[number]) for number in triples]
+    entries.sort(key=lambda entry: struct.unpack("<H", entry[:2]))
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", end + 12) + pixels + b"".join(triples.values()) + directory
+
+
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize(("dtype", "white"), [("<f4", 1), ("<u4", 65535), ("<f2", 1), ("<f8", 1)])
+def test_an_rgb_tiff_of_wide_numbers_is_read(dtype, white, planar):
+    array = (np.asarray(four_corners()) / 255 * white).astype(dtype)
+    image = nst.load_image(wide_tiff(array, planar))
+    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
+
+
+def test_an_unusual_tiff_is_refused_with_what_is_unusual():
+    packed = wide_tiff(np.zeros((20, 20, 3), "<f4"), compression=8)
+    with pytest.raises(ValueError, match="TIFF with 3 samples of 32-bit floats"):
+        nst.load_image(packed)
+
+
 # Damage -------------------------------------------------------------------------------------------
 
 
@@ -299,13 +551,26 @@ def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, tmp_path):
     assert refused * 10 > 0.5 * len(data)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_random_bytes_are_a_picture_or_a_value_error(data):
+    """In a file of each kind, cut and overwritten anywhere."""
+    start = data.draw(st.sampled_from([*DAMAGED.values(), *RAW.values(), b""]))
+    position = data.draw(st.integers(0, len(start)))
+    noise = data.draw(st.binary(max_size=64))
+    end = data.draw(st.sampled_from([position + len(noise), len(start)]))
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")
+        assert nst.load_image(start[:position] + noise + start[end:]).shape[:2] == (1, 3)
+
+
 def test_a_missing_file_is_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         nst.load_image(tmp_path / "nowhere.png")
 
 
-@pytest.mark.parametrize("source", ["https://example.org/cat.jpg", str(IMAGES)])
-def test_addresses_and_folders_are_refused_by_name(source):
+@pytest.mark.parametrize("source", ["ftp://example.org/cat.jpg", str(IMAGES)])
+def test_other_addresses_and_folders_are_refused_by_name(source):
     with pytest.raises(ValueError, match=source):
         nst.load_image(source)
 
@@ -322,11 +587,6 @@ def test_an_unusable_max_size_is_refused_by_name(value):
 
 
 # Hostile files ------------------------------------------------------------------------------------
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    checksum = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def png(width: int, height: int) -> bytes:
@@ -354,6 +614,40 @@ def test_other_files_are_refused_whatever_their_names_say(data, tmp_path, monkey
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"holiday\.jpg.* format .*JPEG.*PNG"):
         nst.load_image(path)
+
+
+def test_a_png_with_large_texts_or_a_large_profile_is_read_without_them():
+    large = zlib.compress(bytes(2**21))
+    text, profile = chunk(b"zTXt", b"workflow\0\0" + large), chunk(b"iCCP", b"icc\0\0" + large)
+    for added in (text, profile, text + profile):
+        with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
+            image = nst.load_image(with_chunk(encoded(four_corners()), added))
+        torch.testing.assert_close(corners(image), expected_corners("RGB"))
+
+
+@pytest.mark.parametrize("size", [(12_000, 9_000), (9_000, 20_000)])  # 108 and 180 megapixels
+def test_a_very_large_jpeg_is_decoded_smaller(size, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 50)  # the same with small numbers
+    shown = four_corners().resize((size[0] // 100, size[1] // 100))
+    monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 120 * 200)
+    image = nst.load_image(encoded(shown, "JPEG"), 40)
+    assert max(image.shape[2:]) == 40
+    assert_close(corners(image), expected_corners("RGB"), atol=0.1)
+    with pytest.raises(ValueError, match=f"{shown.width * shown.height:,} pixels.*shrink it"):
+        nst.load_image(encoded(shown, "JPEG"), max(shown.size))
+    monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 100)
+    with pytest.raises(ValueError, match=f"{shown.width * shown.height:,} pixels.*shrink it"):
+        nst.load_image(encoded(shown, "JPEG"), 40)
+
+
+def test_heic_is_named_where_its_library_is_missing(monkeypatch):
+    data = encoded(four_corners(), "HEIF")
+    with pytest.raises(ValueError, match="HEIC, but damaged"):
+        nst.load_image(data[:100])
+    monkeypatch.setattr(nst, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    with pytest.raises(ValueError, match=r"HEIC.*pip install pillow-heif"):
+        nst.load_image(data)
 
 
 @pytest.mark.parametrize("filters", ["error", "ignore"])
