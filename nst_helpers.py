@@ -174,10 +174,10 @@ _LAYERS = tuple(name for name in _VGG19_MODULES if name.startswith("relu"))
 _SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
 _LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
 _NORMAL_STEPS = 75
-_STEPS = {"quick": 39, "normal": _NORMAL_STEPS, "best": 131}  # for each quality
+_STEPS = {"auto": _NORMAL_STEPS, "quick": 39, "normal": _NORMAL_STEPS, "best": 131}  # by quality
 
 # Painting at twice the size would leave too few steps, in the same time, for bold strokes.
-_SUPERSAMPLING = {"quick": 1.0, "normal": 1.25, "best": 1.5}
+_SUPERSAMPLING = {"auto": 1.25, "quick": 1.0, "normal": 1.25, "best": 1.5}
 
 
 class _Rule(NamedTuple):
@@ -262,9 +262,10 @@ class StyleTransferConfig:
     Size and effort
         max_size: long side in pixels, 16 and up, at which pictures are loaded. ``stylize`` paints
             at the size of the photo it receives.
-        quality: "quick" (39 steps), "normal" (75) or "best" (131). "normal" paints 1.25 times as
-            large as the result and "best" 1.5 times. At 512 pixels, "quick" takes about a third
-            of the time of "normal", and "best" about five times as long as "normal".
+        quality: "quick" (39 steps), "normal" (75) or "best" (131); "auto" is "best" on CUDA and
+            otherwise "normal". "normal" paints 1.25 times as large as the result and "best" 1.5
+            times. At 512 pixels, "quick" takes about a third of the time of "normal", and "best"
+            about five times as long as "normal".
         num_steps: updates of the canvas, over all scales, 1 and up; "auto" goes by ``quality``.
         scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop, at
             the size of the result whatever the ``quality``.
@@ -307,7 +308,7 @@ class StyleTransferConfig:
     """
 
     max_size: int = _setting(512, _whole_number(_SMALLEST_SIDE))
-    quality: str = _setting("normal", _choice(*_STEPS))
+    quality: str = _setting("auto", _choice(*_STEPS))
     num_steps: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
     scales: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
     content_weight: float = _setting(5.0, _AT_LEAST_0)
@@ -2177,6 +2178,13 @@ def _check_job(job: _OptionsJob) -> None:
 _Visible = Tensor | Sequence[Tensor | None] | None  # one for each painting
 
 
+def _resolve_quality(config: StyleTransferConfig, device: torch.device) -> StyleTransferConfig:
+    """The settings with the quality that "auto" means on this device."""
+    if config.quality != "auto":
+        return config
+    return replace(config, quality="best" if device.type == "cuda" else "normal")
+
+
 def _make_job(
     content: Tensor,
     styles: Tensor | Sequence[Tensor],
@@ -2202,6 +2210,7 @@ def _make_job(
         network = load_network(config)  # hand-over to part III, which reads the weights
     _check_network(network, config)
     device = network.device
+    config = _resolve_quality(config, device)
     job = _OptionsJob(
         content=content.float().to(device),
         styles=[painting.float().to(device) for painting in paintings],
@@ -2839,7 +2848,8 @@ def _sha256_of(source: _Source | None) -> str | None:
 
 
 def _asked(config: StyleTransferConfig, network: VGG19Features) -> dict[str, Any]:
-    """The settings as they were asked for, "auto" included, but no path of weights."""
+    """The settings as they were asked for, but no path of weights, and with a quality."""
+    config = _resolve_quality(config, network.device)
     is_named = network.source in _NAMED_WEIGHTS
     weights = network.source if is_named else f"sha256:{network.sha256}"
     return {**asdict(config), "weights": weights}

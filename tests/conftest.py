@@ -45,6 +45,17 @@ SHALLOW = replace(
 )
 
 
+def _has_half() -> bool:
+    try:
+        nn.functional.pad(torch.zeros(1, 1, 2, 2).half(), (1,) * 4, mode="replicate")
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_half = pytest.mark.skipif(not _has_half(), reason="this torch has no float16 on a CPU")
+
+
 def readme_command(beginning: str) -> list[str]:
     """The README's command that begins so, its program taken from this environment."""
     lines = re.findall(r"^\.venv/bin/.*$", README, re.MULTILINE)
@@ -135,6 +146,11 @@ def record_in(path: Path) -> dict:
     """The record in a PNG, read as anybody would."""
     with Image.open(path) as picture:
         return json.loads(picture.text["style_transfer"])
+
+
+def ours(caught) -> list:
+    """The library's own warnings: old versions of other packages deprecate much."""
+    return [warning for warning in caught if warning.category is nst.StyleTransferWarning]
 
 
 def fail(error: BaseException) -> Callable:

@@ -19,6 +19,7 @@ from conftest import (
     fail,
     half_mask,
     last,
+    needs_half,
     note_looks,
     paint,
 )
@@ -105,6 +106,7 @@ def test_a_step_on_a_gpu_is_few_operations_and_one_wait(vgg, pair):
 # float16 ------------------------------------------------------------------------------------------
 
 
+@needs_half
 @pytest.mark.slow
 def test_a_dark_painting_stays_in_float16(pictures):
     dark = pictures["starry_night"] * 0.03
@@ -129,6 +131,7 @@ def make_infinite(content, style):
     return content, style
 
 
+@needs_half
 def test_a_step_whose_gradient_overflows_in_float16_is_repeated(monkeypatch, half, pair):
     config = replace(SHALLOW, num_steps=4, scales=1, max_size=24)
     photo, painting = (nst.shrink_to(picture, 24) for picture in pair)
@@ -156,6 +159,7 @@ def test_the_factor_grows_again_and_runs_out():
     assert [factor.shrink() for _ in range(6)] == [True] * 5 + [False]
 
 
+@needs_half
 def test_when_the_factor_runs_out_a_run_goes_on_in_float32(monkeypatch, half, pair):
     look = nst._FastVGG19.look
 
@@ -240,6 +244,25 @@ def test_a_gpu_whose_float16_gives_nan_computes_in_float32(gpu):
 
 def test_the_trial_is_a_convolution():
     assert nst._convolve(CPU, torch.float32) == 64 * 9
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", "normal"), ("cuda", "best"), ("mps", "normal")]
+)
+def test_auto_quality_is_what_the_device_can_afford(device, expected):
+    device = torch.device(device)
+    assert nst._resolve_quality(nst.StyleTransferConfig(), device).quality == expected
+    quick = nst.StyleTransferConfig(quality="quick")
+    assert nst._resolve_quality(quick, device) == quick
+
+
+def test_a_run_and_its_record_have_the_resolved_quality(shallow, pair, tmp_path):
+    config = replace(SHALLOW, quality="auto", num_steps=1)
+    step = last(nst.stylize(*pair, config, network=shallow))
+    assert step.job.config.quality == "normal"
+    assert step.picture.shape[3] == 80  # a quarter larger than the result
+    record = nst.read_record(nst.save_image(step, tmp_path))
+    assert record["settings"]["quality"] == "normal"
 
 
 # Macs ---------------------------------------------------------------------------------------------

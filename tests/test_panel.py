@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import ipywidgets
 import pytest
 import torch
-from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, record_in
+from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, ours, record_in
 from PIL import Image
 from traitlets import Bunch
 
@@ -75,7 +75,7 @@ def test_where_colabs_upload_fails_a_sentence_says_what_to_do(colab):
     missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
     with pytest.warns(nst.StyleTransferWarning, match="Files pane") as caught:
         assert nst.choose_pictures(**missing) == missing
-    assert len(caught) == 1
+    assert len(ours(caught)) == 1
 
 
 def test_where_colabs_download_fails_a_link_holds_the_file(colab, displayed, tmp_path):
@@ -185,7 +185,8 @@ def upload(panel, which, data):
     """As the browser does."""
     file = {"name": "a.png", "type": "image/png", "size": len(data), "content": memoryview(data)}
     file["last_modified"] = datetime.now(timezone.utc)
-    panel.uploads[which].set_trait("value", (file,))
+    is_old = ipywidgets.version_info[0] == 7  # Colab's
+    panel.uploads[which].set_trait("value", {"a.png": file} if is_old else (file,))
 
 
 def saved(folder):
@@ -211,7 +212,7 @@ def test_a_panel_shows_all_its_widgets(panel):
     expected += [panel.stop_button, panel.strength, panel.chosen, panel.status, panel.link]
     expected.append(panel.format)
     assert {*expected} <= {*shown}
-    assert "children" not in panel._repr_mimebundle_()["text/plain"]  # shown without a kernel
+    assert "children" not in repr(panel)  # shown without a kernel
 
 
 def test_a_panel_says_while_cells_run_that_clicks_wait(monkeypatch, shallow, measured, tmp_path):
@@ -528,6 +529,6 @@ def test_what_went_wrong_in_a_run_is_named_beside_the_result(monkeypatch, panel,
         break_looks(monkeypatch, 3, fail(MemoryError()))
         with pytest.warns(nst.StyleTransferWarning) as caught:
             paint(panel)
-        assert len(caught) == 1  # in every run
-        assert str(caught[0].message) in words_on(panel.status)
+        assert len(ours(caught)) == 1  # in every run
+        assert str(ours(caught)[0].message) in words_on(panel.status)
         assert "Done" in words_on(panel.status)

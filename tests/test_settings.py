@@ -15,7 +15,7 @@ import nst_helpers as nst
 # The last of each is not the default.
 GOOD_VALUES = {
     "max_size": [16, 333],
-    "quality": ["quick", "normal", "best"],
+    "quality": ["auto", "quick", "normal", "best"],
     "num_steps": [1, "auto", 7],
     "scales": [1, "auto", 3],
     "content_weight": [0, 0.1],
