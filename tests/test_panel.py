@@ -185,7 +185,7 @@ def upload(panel, which, data):
     """As the browser does."""
     file = {"name": "a.png", "type": "image/png", "size": len(data), "content": memoryview(data)}
     file["last_modified"] = datetime.now(timezone.utc)
-    is_old = ipywidgets.version_info[0] == 7  # Colab's
+    is_old = ipywidgets.__version__.startswith("7.")  # Colab's
     panel.uploads[which].set_trait("value", {"a.png": file} if is_old else (file,))
 
 
