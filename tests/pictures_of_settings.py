@@ -1,4 +1,4 @@
-"""Paint the README's pictures of the settings: ``python tests/pictures_of_settings.py [NAME ...]``.
+"""Paint ``images/settings/`` and its README: ``python tests/pictures_of_settings.py [NAME ...]``.
 
 One strip a setting: low, default, high, at 256 pixels, of the same photo and painting; with
 names of some settings, only their strips. It takes some ten minutes on two cores.
@@ -113,8 +113,20 @@ def paint_strip(name: str) -> Image.Image:
     return strip({label: paint(config, two_styles) for label, config in configs})
 
 
+def page() -> str:
+    """The README of the strips."""
+    about = "`china.jpg` in the style of `starry_night.jpg` at 256 pixels (`scales` at 512)"
+    parts = [
+        f"# What each setting looks like\n\n{about}; the second painting is\n`stained_glass.jpg`."
+    ]
+    for name in [*settings(), *pictures()]:
+        parts.append(f"`{name}`\n\n![{name}: its values side by side]({name}.jpg)")
+    return "\n\n".join(parts) + "\n"
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "README.md").write_text(page())
     for name in sys.argv[1:] or [*settings(), *pictures()]:
         paint_strip(name).save(FOLDER / f"{name}.jpg", quality=85)
         print(name, flush=True)
