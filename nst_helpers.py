@@ -173,8 +173,8 @@ _VGG19_MODULES = tuple(_vgg19_module_names())
 _LAYERS = tuple(name for name in _VGG19_MODULES if name.startswith("relu"))
 _SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
 _LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
-_NORMAL_STEPS = 75
-_STEPS = {"auto": _NORMAL_STEPS, "quick": 39, "normal": _NORMAL_STEPS, "best": 131}  # by quality
+_NORMAL_STEPS = 100
+_STEPS = {"auto": _NORMAL_STEPS, "quick": 52, "normal": _NORMAL_STEPS, "best": 156}  # by quality
 
 # Painting at twice the size would leave too few steps, in the same time, for bold strokes.
 _SUPERSAMPLING = {"auto": 1.25, "quick": 1.0, "normal": 1.25, "best": 1.5}
@@ -256,13 +256,13 @@ def _check(name: str, value: object, rule: _Rule) -> None:
 class StyleTransferConfig:
     """Every setting of a run, checked when it is set.
 
-    ``dataclasses.replace(config, style_weight=80)`` gives a changed copy. A config can be compared
+    ``dataclasses.replace(config, style_weight=200)`` gives a changed copy. A config can be compared
     with ==, prints readably, and survives JSON: ``StyleTransferConfig(**json.loads(text))``.
 
     Size and effort
         max_size: long side in pixels, 16 and up, at which pictures are loaded. ``stylize`` paints
             at the size of the photo it receives.
-        quality: "quick" (39 steps), "normal" (75) or "best" (131); "auto" is "best" on CUDA and
+        quality: "quick" (52 steps), "normal" (100) or "best" (156); "auto" is "best" on CUDA and
             otherwise "normal". "normal" paints 1.25 times as large as the result and "best" 1.5
             times. At 512 pixels, "quick" takes about a third of the time of "normal", and "best"
             about five times as long as "normal".
@@ -275,7 +275,8 @@ class StyleTransferConfig:
         tv_weight: 0 and up, total variation: how strongly differences between neighbouring
             pixels are penalised.
     The artist's settings
-        detail: 0 to 1, how much of the photo's fine detail is put back at each scale.
+        detail: 0 to 1, how much of the photo's fine detail is put back at each scale, where it
+            has edges.
         color: which colours to use: "style" (the painting's), "content" (the photo's palette) or
             "luminance" (the photo's colours, pixel by pixel: only light and dark are painted).
         style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
@@ -312,7 +313,7 @@ class StyleTransferConfig:
     num_steps: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
     scales: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
     content_weight: float = _setting(5.0, _AT_LEAST_0)
-    style_weight: float = _setting(40.0, _AT_LEAST_0)
+    style_weight: float = _setting(100.0, _AT_LEAST_0)
     tv_weight: float = _setting(2.0, _AT_LEAST_0)
     detail: float = _setting(1.0, _FROM_0_TO_1)
     color: str = _setting("style", _choice("style", "content", "luminance"))
@@ -834,18 +835,27 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
 _LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
 
+# At the finest scale: the first layer that is not looked at, and the one for the content instead.
+_FIRST_DEEP_LAYER, _SHALLOW_CONTENT_LAYER = "relu4_1", "relu3_1"
+
+# What makes an edge.
+_NEAR, _AROUND = 9, 21  # pixels: the sides of the squares that are compared
+_FAINT_SLOPE = 0.007  # per pixel, of the range of 1: an edge as steep as this counts half
+
 
 @dataclass(frozen=True)
 class Scale:
     """One of the sizes that are painted, with its number of steps and its learning rate.
 
     ``strips`` says how many blocks of VGG19 are computed in strips to save memory: see part II.
+    With ``is_shallow``, only the first three blocks are looked at: see ``_layers_at``.
     """
 
     size: _Size
     steps: int
     lr: float
     strips: int = 0
+    is_shallow: bool = False
 
     @property
     def work(self) -> int:
@@ -910,7 +920,8 @@ def plan_scales(
     for number, steps_here in enumerate(steps):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        scales.append(Scale(sizes[number], steps_here, lr))
+        is_shallow = finer_scales == 0 and len(sizes) > 1
+        scales.append(Scale(sizes[number], steps_here, lr, is_shallow=is_shallow))
     return [scale for scale in scales if scale.steps > 0]  # of very few steps, some get none
 
 
@@ -928,11 +939,37 @@ class _Regions(NamedTuple):
     shares: Sequence[float]  # R numbers: how much each region counts
 
 
+class _Layers(NamedTuple):
+    """Which layers are compared at one scale."""
+
+    content: Sequence[str]
+    style: Sequence[str]
+    style_weights: Sequence[float]
+
+
+def _layers_at(scale: Scale, config: StyleTransferConfig) -> _Layers:
+    """The layers of ``config``; at a shallow scale, those of the first three blocks.
+
+    Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
+    layers see, and without those, half as many steps again take the same time. relu3_1 then
+    takes the place of the content layers.
+    """
+    style, weights = config.style_layers, config.style_layer_weights
+    if not scale.is_shallow:
+        return _Layers(config.content_layers, style, weights)
+    content = [layer for layer in config.content_layers if layer < _FIRST_DEEP_LAYER]
+    used = {layer: weight for layer, weight in zip(style, weights, strict=True) if weight > 0}
+    shallow = {layer: weight for layer, weight in used.items() if layer < _FIRST_DEEP_LAYER}
+    kept = shallow or used  # where all are deep, they stay
+    return _Layers(content or [_SHALLOW_CONTENT_LAYER], list(kept), list(kept.values()))
+
+
 class _Targets(NamedTuple):
     """What the network should see in the picture, at one scale."""
 
     content: _Features  # {layer: (1, C, h, w)}
     style: Mapping[str, Statistics]
+    style_weights: Sequence[float]
     region_shares: Sequence[float]
 
 
@@ -947,9 +984,9 @@ def _calculate_losses(
 
     The total is equation 7 of the paper, α × content + β × style, plus total variation.
     """
-    weights = config.style_layer_weights
     content = calculate_content_loss(features, targets.content)
-    style = calculate_style_loss(statistics, targets.style, weights, targets.region_shares)
+    weights, shares = targets.style_weights, targets.region_shares
+    style = calculate_style_loss(statistics, targets.style, weights, shares)
     tv = total_variation_loss(canvas)
     total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
@@ -1093,17 +1130,36 @@ def _first_picture(job: Job, content: Tensor, styles: Sequence[Tensor]) -> Tenso
     return job.channels(noisy.clamp(0, 1))
 
 
+def _edges(image: Tensor) -> Tensor:
+    """How much of an edge there is at each pixel of an image, 0 to 1: (1, 1, H, W).
+
+    An edge is steep, and steeper than what is around it. Faint texture, such as skin or ripples,
+    is not, nor is what fades beside an outline.
+    """
+    down, across = torch.gradient(image, dim=(2, 3))
+    steepness = (down.square() + across.square()).mean(1, keepdim=True)
+    near, around = (
+        nn.functional.avg_pool2d(steepness, side, 1, side // 2, count_include_pad=False)
+        for side in (_NEAR, _AROUND)
+    )
+    is_steep = near / (near + _FAINT_SLOPE**2)
+    stands_out = 2 * near / (near + around).clamp_min(_SMALLEST_NORM)
+    return is_steep * stands_out.clamp(max=1)
+
+
 def _start_canvas(picture: Tensor, content: Tensor, config: StyleTransferConfig) -> Tensor:
     """``picture`` at the size of ``content``, padded, ready to be optimised.
 
     Departure: fine detail of the photo that is lost at smaller sizes is put back, a share
-    ``config.detail`` of it, so that no steps are spent on redrawing edges.
+    ``config.detail`` of it, so that no steps are spent on redrawing edges. Elsewhere it is left
+    out: the photo's texture would show through the paint.
     """
     size = _size_of(content)
     canvas = _enlarge_softly(picture, size)
     if config.content_weight > 0:
         without_detail = _enlarge_softly(resize(content, _size_of(picture)), size)
-        canvas = (canvas + config.detail * (content - without_detail)).clamp(0, 1)
+        detail = config.detail * _edges(content) * (content - without_detail)
+        canvas = (canvas + detail).clamp(0, 1)
     return _pad(canvas).contiguous().requires_grad_()
 
 
@@ -1112,6 +1168,7 @@ def _find_targets(
     content: Tensor,
     styles: Sequence[Tensor],
     job: Job,
+    layers: _Layers,
     regions: _Regions | None,
 ) -> _Targets:
     """The features of the photo, and the statistics of the paintings, at the size of ``content``.
@@ -1119,21 +1176,22 @@ def _find_targets(
     Several paintings are blended, at no cost per step, or have a region each.
     """
     config = job.config
-    features, _ = network.look(_pad(content), config.content_layers)
+    features, _ = network.look(_pad(content), layers.content)
     long_side = round(config.style_scale * max(_size_of(content)))
     seen = []
     for number, style in enumerate(styles):
         shrunk = shrink_to(style, long_side)
         guides = job.guides_of(number, _size_of(shrunk))
-        _, statistics = network.look(shrunk, (), config.style_layers, guides)
+        _, statistics = network.look(shrunk, (), layers.style, guides)
         seen.append(statistics)
     blend = functools.partial(_weighted_mean, weights=_blend_weights(config, len(styles)))
     combine = blend if regions is None else torch.cat
     targets = {}
-    for layer in config.style_layers:
+    for layer in layers.style:
         grams, means = zip(*(statistics[layer] for statistics in seen), strict=True)
         targets[layer] = Statistics(combine(grams), combine(means))
-    return _Targets(features, targets, (1.0,) if regions is None else regions.shares)
+    shares = (1.0,) if regions is None else regions.shares
+    return _Targets(features, targets, layers.style_weights, shares)
 
 
 @torch.no_grad()
@@ -1150,7 +1208,8 @@ def paint(job: Job) -> Iterator[Step]:
         content_here = job.channels(resize(content, scale.size))
         network, regions = job.network_at(scale), job.regions_at(scale)
         guides = None if regions is None else regions.guides
-        targets = _find_targets(network, content_here, styles, job, regions)
+        layers = _layers_at(scale, config)
+        targets = _find_targets(network, content_here, styles, job, layers, regions)
         canvas = _start_canvas(picture, content_here, config)
         calculate_losses = job.losses_from(targets)
         optimizer = job.optimizer_for(scale, canvas)
@@ -1158,9 +1217,7 @@ def paint(job: Job) -> Iterator[Step]:
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
-                features, statistics = network.look(
-                    canvas, config.content_layers, config.style_layers, guides
-                )
+                features, statistics = network.look(canvas, layers.content, layers.style, guides)
                 # 2. How far is it from the photo, and from the style of the painting?
                 losses = calculate_losses(canvas, features, statistics)
                 # 3. Which way must each pixel change?
@@ -1448,7 +1505,7 @@ class _FastLosses:
             norm = target.square().sum().clamp_min(_SMALLEST_NORM)
             self.content_weights[layer] = 1 / (norm * len(self.content))
         self.layers = list(targets.style)
-        self.roots = self._weigh(targets, config).sqrt()
+        self.roots = self._weigh(targets).sqrt()
         self.style = self._join(targets.style)
         weights = (config.content_weight, config.style_weight, config.tv_weight)
         self.weights = self.style.new_tensor(weights)
@@ -1477,11 +1534,11 @@ class _FastLosses:
             parts += [_Covariance.apply(gram, mean).flatten(), mean.flatten()]
         return torch.cat(parts) * self.roots
 
-    def _weigh(self, targets: _Targets, config: StyleTransferConfig) -> Tensor:
+    def _weigh(self, targets: _Targets) -> Tensor:
         """What each number of that vector counts."""
         weights = []
-        for layer, weight in zip(self.layers, config.style_layer_weights, strict=True):
-            share_of_layer = weight / sum(config.style_layer_weights)
+        for layer, weight in zip(self.layers, targets.style_weights, strict=True):
+            share_of_layer = weight / sum(targets.style_weights)
             gram, mean = targets.style[layer]
             for target in (_Covariance.apply(gram, mean), mean):
                 shares = share_of_layer * target.new_tensor(targets.region_shares)  # (R,)
@@ -1856,6 +1913,7 @@ _BYTES_OF_REGION = 1200  # more, for the guided features of each region
 _BYTES_OF_HISTORY = 136  # more, for L-BFGS
 _HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 _SLOWDOWN = {0: 1.0, 1: 1.15, _ALL_BLOCKS: 2.2}  # by the number of blocks in strips
+_SHALLOW_SHARE = 0.65  # of a step's time, at a shallow scale
 _TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
 _TRIAL_STEPS = 4
 _CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what a container may use
@@ -2261,7 +2319,7 @@ def stylize(
 
         photo = load_image("images/china.jpg")
         painting = load_image("images/starry_night.jpg")
-        for step in stylize(photo, painting, StyleTransferConfig(style_weight=80)):
+        for step in stylize(photo, painting, StyleTransferConfig(style_weight=200)):
             print(f"{step.progress:.0%}")
         save_image(step)
     """
@@ -2296,7 +2354,8 @@ def estimate(
     seconds = 0.0
     for scale in job.scales:
         pixels = scale.work + _padded_pixels(scale.size)  # one more look, for the targets
-        seconds += pixels * seconds_per_pixel * _SLOWDOWN[scale.strips]
+        slowdown = _SLOWDOWN[scale.strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
+        seconds += pixels * seconds_per_pixel * slowdown
     memory = max(_bytes_needed(job, scale.size, scale.strips) for scale in job.scales)
     return Estimate(seconds, memory, _free_bytes(network.device), seconds_per_pixel)
 
@@ -3515,7 +3574,7 @@ def live_view() -> _Show:
 # Sweeps -------------------------------------------------------------------------------------------
 
 _CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
-    "style_weight": (4, 40, 400),
+    "style_weight": (10, 100, 1000),
     "content_weight": (0.5, 5, 50),
     "detail": (0, 0.5, 1),
     "color": ("style", "content", "luminance"),
@@ -3523,7 +3582,7 @@ _CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
     "tv_weight": (0, 2, 200),
     "init": ("content", "noise", "style"),
     "optimizer": ("lbfgs", "adam"),
-    "num_steps": (10, 25, 75),
+    "num_steps": (10, 30, 100),
     "pooling": ("max", "average"),
 }
 
@@ -3564,7 +3623,7 @@ def sweep(
     ``stylize``; without ``network``, each run loads its own. Errors in the arguments are raised
     before the first run. A sweep that is stopped draws what has been painted.
 
-    Example: ``sweep(photo, painting, config, style_weight=(4, 40, 400))``.
+    Example: ``sweep(photo, painting, config, style_weight=(10, 100, 1000))``.
     """
     _check_image("content", content)
     begin = functools.partial(

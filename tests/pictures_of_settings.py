@@ -50,10 +50,10 @@ def settings() -> dict[str, dict[str, nst.StyleTransferConfig]]:
     return {
         "max_size": values("max_size", 128, 512, 1024),
         "quality": values("quality", "quick", "normal", "best"),
-        "num_steps": values("num_steps", 10, 75, 300),
+        "num_steps": values("num_steps", 10, 100, 300),
         "scales": values("scales", 1, 2, "auto", base=LARGE),  # 256 pixels have only two
         "content_weight": values("content_weight", 0, 5.0, 50),
-        "style_weight": values("style_weight", 4, 40.0, 400),
+        "style_weight": values("style_weight", 10, 100.0, 1000),
         "tv_weight": values("tv_weight", 0, 2.0, 200),
         "detail": values("detail", 0, 0.5, 1.0),
         "color": values("color", "style", "content", "luminance"),

@@ -63,7 +63,8 @@ def two_regions(vgg, pictures):
     guides = {layer: torch.ones(2, 1, 1, 1) for layer in config.style_layers}
     regions = nst._Regions(guides, (0.3, 0.7))
     job = nst.Job(photo, styles, config, vgg, scales=[])
-    targets = nst._find_targets(vgg, photo, styles, job, regions)
+    layers = nst._Layers(config.content_layers, config.style_layers, config.style_layer_weights)
+    targets = nst._find_targets(vgg, photo, styles, job, layers, regions)
     seen = vgg.look(canvas, config.content_layers, config.style_layers, guides)
     return targets, config, (canvas, *seen)
 

@@ -457,7 +457,7 @@ def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
     first = next(nst.stylize(*pair, config, network=shallow))
     record = record_in(nst.save_image(first, tmp_path))
     chosen = [record["settings"][name] for name in names]
-    assert chosen == ["float32", "cpu", "bundled", False, 39]
+    assert chosen == ["float32", "cpu", "bundled", False, 52]
     assert (record["step"], record["finished"]) == (1, False)
 
 
