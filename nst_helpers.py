@@ -3806,7 +3806,7 @@ def set_up_notebook() -> None:
 
 
 def _download_link(name: str, address: str) -> str:
-    return f'<a download="{name}" href="{address}"><u>Download {name}</u></a>'
+    return f'<a download="{name}" href="{address}"><u>Download</u></a>'
 
 
 def _is_in_colab() -> bool:
@@ -3856,6 +3856,7 @@ def offer_download(path: Path) -> None:
 _THUMBNAIL_SIDE = 146
 # An upload button's second line is cut off: it is a number of files, which ipywidgets adds.
 _PANEL_CSS = """<style>
+.nst-panel { gap: 12px; }
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
 .nst-panel p { margin: 4px 0; }
@@ -3992,7 +3993,8 @@ class Panel(widgets.HBox):
         self.upload_row = widgets.HBox()
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
         self.stop_button = widgets.Button(description="Stop")
-        self.save_button = widgets.Button(description="Save", disabled=True)
+        narrow = widgets.Layout(width="60px")
+        self.save_button = widgets.Button(description="Save", disabled=True, layout=narrow)
         self.strength = widgets.FloatSlider(
             1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
         )
@@ -4013,9 +4015,9 @@ class Panel(widgets.HBox):
         style = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
         above = [style, self.upload_row, self.chosen, *self.controls.values()]
         buttons = widgets.HBox([self.paint_button, self.stop_button])
-        files = widgets.HBox([self.format, self.save_button])
-        below = [buttons, _make_notice(), self.status, self.strength, files, self.link]
-        controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="312px"))
+        files = widgets.HBox([self.format, self.save_button, self.link])
+        below = [buttons, _make_notice(), self.status, self.strength, files]
+        controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
         place = widgets.Layout(flex="1 1 420px")
         self.page = widgets.HTML("The picture will appear here.", layout=place)
         self.children = [controls, self.page]
