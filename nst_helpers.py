@@ -3993,8 +3993,7 @@ class Panel(widgets.HBox):
         self.upload_row = widgets.HBox()
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
         self.stop_button = widgets.Button(description="Stop")
-        narrow = widgets.Layout(width="60px")
-        self.save_button = widgets.Button(description="Save", disabled=True, layout=narrow)
+        self.save_button = widgets.Button(description="Save", disabled=True)
         self.strength = widgets.FloatSlider(
             1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
         )
@@ -4015,10 +4014,11 @@ class Panel(widgets.HBox):
         style = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
         above = [style, self.upload_row, self.chosen, *self.controls.values()]
         buttons = widgets.HBox([self.paint_button, self.stop_button])
-        files = widgets.HBox([self.format, self.save_button, self.link])
-        below = [buttons, _make_notice(), self.status, self.strength, files]
+        centred = widgets.Layout(align_items="center")
+        saving = widgets.HBox([self.save_button, self.link], layout=centred)
+        below = [buttons, _make_notice(), self.status, self.strength, self.format, saving]
         controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
-        place = widgets.Layout(flex="1 1 420px")
+        place = widgets.Layout(flex="1 1 280px")
         self.page = widgets.HTML("The picture will appear here.", layout=place)
         self.children = [controls, self.page]
 
@@ -4164,12 +4164,12 @@ class Panel(widgets.HBox):
             try:
                 words.append(self._offer_file(run, run.step, save))
             except Exception as error:
-                words.append(_sentence_of(error))
+                words.append(f"The picture is not saved: {_sentence_of(error)}")
             words += run.step.job.notes
         self._say(" ".join(words))
 
     def _take_choice(self, save: bool = False) -> None:
-        """Offer the result as it is chosen now; without a new run."""
+        """Offer the result at the strength and in the format that are chosen now."""
         if self.run is not None and not self.run.is_painting:
             self._offer(self.run, save=save)
 
@@ -4179,9 +4179,9 @@ class Panel(widgets.HBox):
             steps = autosave(_until_stopped(steps, run), self.folder)
             for step in watch(steps, self._show):
                 run.step = step
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # while the page was drawn, as below
             pass
-        except Exception as error:  # while it was drawn
+        except Exception as error:
             run.problem = _sentence_of(error)
         is_done = run.step is not None and run.step.number == run.step.total
         self._offer(run, run.problem or ("Done." if is_done else "Stopped."), save=True)

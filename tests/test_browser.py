@@ -132,13 +132,11 @@ class Person:
             link.click()
         return download.value.suggested_filename, Path(download.value.path()).read_bytes()
 
-    def shot(self, name: str, top) -> None:
-        """A screenshot with ``top`` at its upper edge, for the README."""
-        top.evaluate("element => element.scrollIntoView({block: 'start'})")
-        self.page.wait_for_timeout(300)  # of painting, by the browser
-        data = self.page.locator(".jp-MainAreaWidget:visible").first.screenshot()
+    def shot(self, name: str) -> None:
+        """A screenshot of the panel, for the README."""
+        data = self.panel.locator(".nst-panel").screenshot()
         picture = Image.open(io.BytesIO(data)).convert("RGB")
-        picture.save(ROOT / SHOTS / f"screen_{name}.jpg", quality=80)
+        picture.save(ROOT / SHOTS / f"screen_{name}.jpg", quality=85)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +174,11 @@ def test_the_panel_paints_before_the_cells_below_it_have_run(person):
     person.press("Paint")
     person.wait_for(r"Done\. Saved as", person.panel)
     assert newest(person.project)[1]["finished"]
+    if SHOTS:
+        person.shot("panel")
+        person.choose_theme("JupyterLab Dark")
+        person.shot("panel_dark")
+        person.choose_theme("JupyterLab Light")
 
 
 @pytest.mark.parametrize("width", [1400, 700])
@@ -244,11 +247,6 @@ def test_two_uploaded_pictures_are_painted_and_downloaded(person):
     assert nst.load_image(path).std() > 0.1
     link = person.panel.locator("a[download]")
     assert person.download(link) == (path.name, path.read_bytes())
-    if SHOTS:
-        person.shot("panel", person.panel.locator(".jp-Cell-outputArea"))
-        person.choose_theme("JupyterLab Dark")
-        person.shot("panel_dark", person.panel.locator(".jp-Cell-outputArea"))
-        person.choose_theme("JupyterLab Light")
 
 
 def test_the_strength_slider_blends_its_link_downloads_the_blend_and_save_saves_it(person):
