@@ -380,6 +380,8 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     panel.strength.value = 0.5
     panel.strength.value = 0.25
     assert saved(tmp_path) == first  # only Save saves a blend
+    assert "Saved as" not in words_on(panel.status)
+    assert not panel.save_button.disabled
     photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
     blend = photo + 0.25 * (panel.result.image - photo)
     (offered,) = files_on(panel.link)
@@ -395,7 +397,9 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     panel.strength.value = 1
     assert_offered(panel, first)
     assert panel.run is run
+    panel.strength.value = 0.75
     panel.start()
+    assert panel.strength.value == 1
     assert panel.strength.disabled
     assert panel.save_button.disabled
     gate.finish(panel)
