@@ -2398,8 +2398,31 @@ def _place_of(source: str | os.PathLike) -> str:
     return next(filter(os.path.exists, paths), paths[1])
 
 
+class _Upload(bytes):
+    """An uploaded file, and the name that it had, which is never used as a path."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str) -> "_Upload":
+        upload = super().__new__(cls, data)
+        upload.name = name
+        return upload
+
+
+def _file_name_of(source: _Source | None) -> str:
+    """The name of the source's file, without its folder; "" if there is none."""
+    if isinstance(source, _Upload):
+        return source.name
+    if not isinstance(source, (str, os.PathLike)):
+        return ""
+    place = _place_of(source)
+    return Path(urllib.parse.urlsplit(place).path if _ADDRESS.match(place) else place).name
+
+
 def _name_of(source: _Source) -> str:
     """What an error calls the source."""
+    if isinstance(source, _Upload):
+        return f"'{source.name}'"
     if isinstance(source, (str, os.PathLike)):
         return f"'{_place_of(source)}'"
     is_decoded = isinstance(source, (Image.Image, np.ndarray))
@@ -2886,6 +2909,7 @@ _PHOTO_TAGS = frozenset(
 _DRIVE = "/content/drive"  # where Colab mounts Google Drive
 _OWN_PICTURES = ("masks", "keep", "start", "visible")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
+_NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
 _AUTOSAVE_SECONDS = 20
 _FRAME_MILLISECONDS, _LAST_FRAME_MILLISECONDS = 80, 2500  # of a timelapse
 _FILM_QUALITY = 50  # of 100
@@ -3057,11 +3081,28 @@ def _encode(
     return file.getvalue()
 
 
+def _plain_name(sources: Sequence[_Source | None]) -> str:
+    """The names of the sources in letters, digits, - and _ alone; "" if one has none."""
+    stems = [Path(_file_name_of(source)).stem for source in sources]
+    name = re.sub(r"[^\w-]+", "_", "_and_".join(stems)) if all(stems) else ""
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore")
+
+
+def _result_name(photo: _Source | None, paintings: Sequence[_Source]) -> str:
+    """What a result's name begins with: "lion_in_candy" if both names are known."""
+    names = [_plain_name([photo]), _plain_name(paintings)]
+    return "_in_".join(names) if all(names) else "stylized_output"
+
+
+def _with_time(name: str) -> str:
+    return f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+
+
 def _write_new_file(
     data: bytes, folder: str | os.PathLike, suffix: str, name: str = "stylized_output"
 ) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
-    stem = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+    stem = _with_time(name)
     draft = Path(folder, f"{stem}_{os.urandom(8).hex()}.tmp")
     claimed = None
     try:
@@ -3102,9 +3143,9 @@ def save_image(
     format: str = "png",
     keep_exif: bool = False,
     dpi: float | None = None,
-    name: str = "stylized_output",
+    name: str | None = None,
 ) -> Path:
-    """Save as ``stylized_output_YYYYMMDD_HHMMSS.png`` in ``folder``, never over another file.
+    """Save as ``lion_in_candy_YYYYMMDD_HHMMSS.png`` in ``folder``, never over another file.
 
     picture: a step of ``stylize``, whose settings the file then remembers (see ``read_record``),
         or any (1, 3, H, W) tensor in [0, 1].
@@ -3114,7 +3155,8 @@ def save_image(
         ``StyleTransferWarning``, where the photo is transparent.
     keep_exif: keep the photo's date, place and camera.
     dpi: dots per inch, for printing, 1 to 65,535.
-    name: what the file's name begins with.
+    name: what the file's name begins with; by default, the names of photo and painting, or
+        "stylized_output" where they are not known.
     Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
     it is not a picture, is too large for ``format``, or if ``folder`` is the name of a file.
     """
@@ -3127,6 +3169,7 @@ def save_image(
     ):
         raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
     data = _encode(picture, photo, paintings, format, keep_exif, dpi)
+    name = _result_name(photo, paintings) if name is None else name
     return _write_new_file(data, folder, _EXTENSIONS[format], name)
 
 
@@ -3375,6 +3418,7 @@ _FIGURE_WIDTH = 9  # inches
 _TITLE_HEIGHT = 0.3
 _FIGURE_JPEG = {"quality": 45}  # a notebook stores each figure twice
 _VIEW_SIDE = 512  # pixels of a picture on the page
+_CHECKERBOARD = "background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 / 16px 16px;"
 
 
 def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> None:
@@ -3418,14 +3462,11 @@ def liveliest_channels(features: Tensor, name: str, count: int = 6) -> dict[str,
     return {f"{name}, channel {number}": maps[number] for number in order}
 
 
-def plot_losses(history: Sequence[Mapping[str, Tensor]], figure: plt.Figure | None = None) -> None:
-    """Draw the ``losses`` of each step on a log scale, on ``figure`` or a new one.
-
-    ``ValueError`` if there are none.
-    """
+def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
+    """Draw the ``losses`` of each step on a log scale; ``ValueError`` if there are none."""
     if len(history) == 0:
         raise ValueError("history must have the losses of at least one step, not none.")
-    figure = figure or plt.figure(figsize=(9, 3.5), layout="constrained")
+    figure = plt.figure(figsize=(9, 3.5), layout="constrained")
     ax = figure.subplots()
     changes = []
     for name in history[0]:
@@ -3455,22 +3496,29 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str = "") -> str:
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
 
-def _picture_tag(image: Tensor, alt: str, side: int = _VIEW_SIDE, style: str = "") -> str:
-    """HTML for a picture as a small JPEG; its long side is ``side`` pixels on the page."""
-    picture = to_pil(image)
+def _picture_tag(
+    image: Tensor | Image.Image, alt: str, side: int = _VIEW_SIDE, style: str = ""
+) -> str:
+    """HTML for a small copy of a picture; its long side is ``side`` pixels on the page.
+
+    It is a JPEG, or a WebP on a checkerboard if the picture is transparent.
+    """
+    picture = to_pil(image) if isinstance(image, Tensor) else image
     picture.thumbnail((side, side))
+    kind = "jpeg"
+    if picture.mode == "RGBA":
+        kind, style = "webp", style + _CHECKERBOARD
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=75)
+    picture.save(file, kind, quality=75)
     width = side * picture.width // max(picture.size)
-    return _image_tag(file.getvalue(), "jpeg", alt, f"width: {width}px; {style}")
+    return _image_tag(file.getvalue(), kind, alt, f"width: {width}px; {style}")
 
 
-def _figure_tag(figure: plt.Figure, width: int | None = None) -> str:
+def _figure_tag(figure: plt.Figure) -> str:
     """HTML for a figure as a small JPEG; its label is the alt text, which a bare JPEG lacks."""
     file = io.BytesIO()
     figure.savefig(file, format="jpeg", pil_kwargs=_FIGURE_JPEG)
-    style = "" if width is None else f"width: {width}px"
-    return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()), style)
+    return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()))
 
 
 def film_tag(path: Path) -> str:
@@ -3510,15 +3558,9 @@ _Show = Callable[[str, str], object]  # takes a page of HTML, and a line of text
 
 def _progress_line(step: Step, seconds: float, ending: str) -> str:
     height, width = _size_of(step.image)
-    beginning = f"step {step.number} of {step.total}, {width} x {height} pixels |"
-    form = beginning + "{bar:20}| {elapsed}, " + (ending or "{remaining} left")
-    return tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
-
-
-def _progress_page(step: Step, history: Sequence[Mapping[str, Tensor]], line: str) -> str:
-    curves = plt.Figure((4.5, 4.2), layout="constrained")
-    plot_losses(history, curves)
-    return f"{_picture_tag(step.image, line)}{_figure_tag(curves, width=300)}<pre>{line}</pre>"
+    form = "{percentage:3.0f}% |{bar:20}| {elapsed}, " + (ending or "{remaining} left")
+    line = tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
+    return f"{line}, {width} x {height} pixels"
 
 
 def _print_line(page: str, line: str) -> None:
@@ -3528,25 +3570,24 @@ def _print_line(page: str, line: str) -> None:
 def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
     """Pass on the steps of ``stylize``, and show from time to time how far along they are.
 
-    ``show`` is called with a page of HTML (picture, losses, progress) that replaces the last one,
-    and with a line of text that says the same; without ``show``, the line is printed. That happens
+    ``show`` is called with a page of HTML (picture and progress) that replaces the last one, and
+    with the line of text that it ends with; without ``show``, the line is printed. That happens
     once a second at most, takes less than 3 % of the time, and ends with the last picture.
 
     Example: ``for step in watch(stylize(photo, painting), live_view()): ...``
     """
     show = show or _print_line
-    history: list[Mapping[str, Tensor]] = []
     began = time.monotonic()
     due = 0.0  # when to draw again
     step = None
 
     def draw(step: Step, ending: str = "") -> None:
         line = _progress_line(step, time.monotonic() - began, ending)
-        show(_progress_page(step, history, line), line)
+        below = f'<pre style="white-space: pre-wrap">{line}</pre>'
+        show(f"{_picture_tag(step.image, line)}{below}", line)
 
     try:
         for step in steps:
-            history.append(step.losses)
             yield step  # before it is drawn: whoever stops the drawing has the picture already
             now = time.monotonic()
             if now >= due:
@@ -3742,8 +3783,7 @@ def _paint_each(
                 yield path, error
                 continue
             for step in steps:
-                place = f"{number + 1} of {len(photos)}, step {step.number} of {step.total}"
-                bar.set_description(f"{path.name}, {place}", refresh=False)
+                bar.set_description(f"{path.name}, {number + 1} of {len(photos)}", refresh=False)
                 bar.update(number + step.progress - bar.n)
             yield path, step
 
@@ -3835,7 +3875,7 @@ def set_up_notebook() -> None:
 
 
 def _download_link(name: str, address: str) -> str:
-    return f'<a download="{name}" href="{address}"><u>Download {name}</u></a>'
+    return f'<a download="{name}" href="{address}"><u>Download</u></a>'
 
 
 def _is_in_colab() -> bool:
@@ -3862,8 +3902,8 @@ def choose_pictures(photo: str, painting: str) -> dict[str, _Source]:
                 advice = "drag the file into the Files pane and name it in Settings"
                 _warn(f"Colab's upload does not work here: use the panel's, or {advice}.")
                 break
-            for data in uploaded.values():
-                sources[which] = data
+            for name, data in uploaded.items():
+                sources[which] = _Upload(data, name)
     return sources
 
 
@@ -3882,7 +3922,15 @@ def offer_download(path: Path) -> None:
 
 # The panel ----------------------------------------------------------------------------------------
 
-_THUMBNAIL_SIDE = 160
+_THUMBNAIL_SIDE = 146
+# An upload button's second line is cut off: it is a number of files, which ipywidgets adds.
+_PANEL_CSS = """<style>
+.nst-panel { gap: 12px; }
+.nst-panel .widget-upload { white-space: pre; }
+.nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
+.nst-panel p { margin: 4px 0; }
+.nst-panel figure { display: inline-block; vertical-align: top; margin: 0 4px 0 0; }
+</style>"""
 _PANEL_SIZES = (256, 512, 1024, 2048)
 _PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
 _PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
@@ -3903,14 +3951,6 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
     notes = (*step.job.notes, f"strength {strength:g}")
     image = photo.lerp(step.image, strength)
     return replace(step, image=image, job=replace(step.job, notes=notes))
-
-
-def _until(steps: Iterable[Step], stopping: Event) -> Iterator[Step]:
-    """The steps up to the one during which Stop is pressed."""
-    for step in steps:
-        yield step
-        if stopping.is_set():
-            return
 
 
 def _sentence_of(error: Exception) -> str:
@@ -3940,21 +3980,34 @@ class _PanelRun:
     sources: Mapping[str, _Source]
     photo: Tensor
     step: Step | None = None  # the latest
-    offered: Step | None = None  # that step, or a blend of it with the photo
-    files: dict[str, Path] = field(default_factory=dict)  # what is offered, by format
+    problem: str = ""  # why it ended early
+    files: dict[tuple[float, str], Path] = field(default_factory=dict)  # by strength and format
     stopping: Event = field(default_factory=Event)
     is_painting: bool = True
 
 
-class Panel(widgets.VBox):
-    """Paint without code: two uploads, four controls, Paint, Stop, Strength, and a download.
+def _until_stopped(steps: Iterable[Step], run: _PanelRun) -> Iterator[Step]:
+    """The steps up to the one that fails, or during which Stop is pressed."""
+    try:
+        for step in steps:
+            yield step
+            if run.stopping.is_set():
+                return
+    except KeyboardInterrupt:  # only where there is no thread
+        return
+    except Exception as error:
+        run.problem = _sentence_of(error)
+
+
+class Panel(widgets.HBox):
+    """Paint without code: two uploads, four controls, Paint, Stop, Strength, Save and a download.
 
     config, sources: what the panel shows first; sources is {"photo": ..., "painting": ...}, each
         as ``load_image`` takes it.
     folder: where pictures are saved.
     network: what ``load_network`` gave, to reuse; otherwise the panel loads its own.
-    earlier: the panel that this one replaces when its cell is run again. What was uploaded there
-        stays, unless ``sources`` names other files now.
+    earlier: the panel that this one replaces when its cell is run again. What was uploaded and
+        chosen there stays, unless ``sources`` or ``config`` have changed in that since.
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
     ``panel.config``, ``panel.sources``, ``panel.visible`` (see ``load_painting``) and
@@ -3970,7 +4023,8 @@ class Panel(widgets.VBox):
         network: VGG19Features | None = None,
         earlier: "Panel | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__(layout=widgets.Layout(flex_flow="row wrap"))
+        self.add_class("nst-panel")
         self.first_config = self.config = config
         self.first_sources = dict(sources)
         self.sources = dict(sources)
@@ -3984,6 +4038,8 @@ class Panel(widgets.VBox):
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
         self._make_widgets()
+        if earlier is not None:
+            self._keep_choices(earlier)
         self._take_settings()
 
     def __repr__(self) -> str:
@@ -3997,8 +4053,8 @@ class Panel(widgets.VBox):
         colors = list(_PANEL_COLORS.items())
         styles = list(_PANEL_STYLES.items())
         self.controls = {
-            "style": widgets.SelectionSlider(options=styles, value=1, description="Style"),
-            "size": dropdown(options=sizes, value=config.max_size, description="Size"),
+            "style_weight": widgets.SelectionSlider(options=styles, value=1, description="Style"),
+            "max_size": dropdown(options=sizes, value=config.max_size, description="Size"),
             "color": dropdown(options=colors, value=config.color, description="Colours"),
             "quality": dropdown(options=[*_STEPS], value=config.quality, description="Quality"),
         }
@@ -4006,22 +4062,40 @@ class Panel(widgets.VBox):
         self.upload_row = widgets.HBox()
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
         self.stop_button = widgets.Button(description="Stop")
+        self.save_button = widgets.Button(description="Save", disabled=True)
         self.strength = widgets.FloatSlider(
             1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
         )
         self.strength.disabled = True
-        self.chosen, self.status, self.link, self.page = (widgets.HTML() for _ in range(4))
         self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
-        download = widgets.HBox([self.format, self.link])
-        buttons = widgets.HBox([self.paint_button, self.stop_button])
-        above = [self.upload_row, *self.controls.values(), self.chosen, self.status, download]
-        self.children = [*above, buttons, _make_notice(), self.strength, self.page]
+        self.chosen, self.status, self.link = (widgets.HTML() for _ in range(3))
+        self._arrange()
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
         self.paint_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
-        self.strength.observe(self._take_strength, names="value")
-        self.format.observe(self._take_format, names="value")
+        self.save_button.on_click(lambda _: self._take_choice(save=True))
+        for control in (self.strength, self.format):
+            control.observe(lambda _: self._take_choice(), names="value")
+
+    def _arrange(self) -> None:
+        """The controls, and beside them the picture, or below them on a narrow page."""
+        style = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
+        above = [style, self.upload_row, self.chosen, *self.controls.values()]
+        buttons = widgets.HBox([self.paint_button, self.stop_button])
+        centred = widgets.Layout(align_items="center")
+        saving = widgets.HBox([self.save_button, self.link], layout=centred)
+        below = [buttons, _make_notice(), self.status, self.strength, self.format, saving]
+        controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
+        place = widgets.Layout(flex="1 1 280px")
+        self.page = widgets.HTML("The picture will appear here.", layout=place)
+        self.children = [controls, self.page]
+
+    def _keep_choices(self, earlier: "Panel") -> None:
+        for name, control in self.controls.items():
+            if getattr(earlier.first_config, name) == getattr(self.first_config, name):
+                control.value = earlier.controls[name].value
+        self.format.value = earlier.format.value
 
     @property
     def is_painting(self) -> bool:
@@ -4065,28 +4139,38 @@ class Panel(widgets.VBox):
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
         return f"{width} x {height} pixels in about {needed.seconds:.0f} s, using {memory}."
 
-    def _show_chosen(self) -> None:
-        """Show what would be painted now, and what it would take."""
+    def _thumbnail(self, which: str, image: Tensor) -> str:
+        source = self.sources[which]
+        name = html.escape(_file_name_of(source) or f"the {which}")
+        if self.run is not None and self.run.sources[which] is not source:
+            name += "<br><b>for the next run</b>"
+        picture = _picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
+        style = f"width: {_THUMBNAIL_SIDE}px"
+        return f'<figure style="{style}">{picture}<figcaption>{name}</figcaption></figure>'
+
+    def _show_chosen(self, problem: str = "") -> None:
+        """Show what would be painted now, and what it would take; first, what was refused."""
+        page = f"<p><b>{html.escape(problem)}</b></p>"
         try:
             photo, painting = self.load()
-            thumbnails = _picture_tag(photo, "the photo", _THUMBNAIL_SIDE)
-            thumbnails += " " + _picture_tag(painting, "the painting", _THUMBNAIL_SIDE)
-            self.chosen.value = f"<p>{thumbnails}</p><p>{self._estimate(photo, painting)}</p>"
+            page += self._thumbnail("photo", photo) + self._thumbnail("painting", painting)
+            page += f"<p>{self._estimate(photo, painting)}</p>"
         except Exception as error:
-            self.chosen.value = f"<p><b>{html.escape(_sentence_of(error))}</b></p>"
+            page += f"<p><b>{html.escape(_sentence_of(error))}</b></p>"
+        self.chosen.value = page
 
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture; otherwise keep what was chosen."""
         files = change["new"]
-        for file in files.values() if isinstance(files, dict) else files:  # a dict in ipywidgets 7
-            data = bytes(file["content"])
+        is_dict = isinstance(files, dict)  # in ipywidgets 7
+        for name, file in files.items() if is_dict else [(file["name"], file) for file in files]:
+            upload = _Upload(bytes(file["content"]), name)
             try:
-                self._load(which, data)
+                self._load(which, upload)
             except Exception as error:
-                self._say(f"Not used: {_sentence_of(error)} The {which} is unchanged.")
-                return
-            self.sources[which] = data
-            self._say(f"Your {which} is loaded.")
+                problem = f"Not used: {_sentence_of(error)} The {which} is unchanged."
+                return self._show_chosen(problem)
+            self.sources[which] = upload
         self._show_chosen()
 
     def _renew_uploads(self) -> None:
@@ -4095,7 +4179,8 @@ class Panel(widgets.VBox):
         A file larger than Jupyter accepts never arrives, and its button waits for it forever.
         """
         for which in self.sources:
-            upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=f"Your {which}")
+            label = f"Your {which}\n"
+            upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=label)
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]
@@ -4103,17 +4188,12 @@ class Panel(widgets.VBox):
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         first = self.first_config
         values = {name: control.value for name, control in self.controls.items()}
-        if values["size"] != self.config.max_size:
+        if values["max_size"] != self.config.max_size:
             self.pictures = {}
-        self.config = replace(
-            first,
-            style_weight=first.style_weight * values["style"],
-            max_size=values["size"],
-            color=values["color"],
-            quality=values["quality"],
-            # A number of steps in the settings counts until another quality is chosen here.
-            num_steps=first.num_steps if values["quality"] == first.quality else "auto",
-        )
+        values["style_weight"] *= first.style_weight
+        # A number of steps in the settings counts until another quality is chosen here.
+        steps = first.num_steps if values["quality"] == first.quality else "auto"
+        self.config = replace(first, **values, num_steps=steps)
         self._renew_uploads()
         self._show_chosen()
 
@@ -4122,39 +4202,59 @@ class Panel(widgets.VBox):
         if self.result is not None:
             self.paint_button.description = f"Painting … {self.result.progress:.0%}"
 
-    def _save(self, run: _PanelRun, step: Step) -> Path:
-        """Save ``step`` in the chosen format, unless that is done, and offer the file."""
-        if step is not run.offered:
-            run.offered, run.files = step, {}
-        kind = self.format.value
-        if kind not in run.files:
-            photo, paintings = run.sources["photo"], [run.sources["painting"]]
-            run.files[kind] = save_image(
-                step, self.folder, photo=photo, paintings=paintings, format=kind
-            )
-        path = run.files[kind]
-        self.link.value = _download_link(path.name, _data_address(path.read_bytes(), kind))
-        return path
+    def _offer_file(self, run: _PanelRun, step: Step, save: bool) -> str:
+        """Show the result at the chosen strength as its file has it, and a link with that file."""
+        strength, kind = self.strength.value, self.format.value
+        sources = run.sources["photo"], [run.sources["painting"]]
+        blend = step if strength == 1 else blend_with_photo(step, run.photo, strength)
+        data = _encode(blend, *sources, kind)
+        sentence = "Not saved yet: download it, or press Save."
+        if save:
+            try:
+                folder, name = self.folder, _result_name(*sources)
+                run.files[strength, kind] = _write_new_file(data, folder, _EXTENSIONS[kind], name)
+            except OSError as error:
+                sentence = f"The picture is not saved: {_sentence_of(error)}"
+        path = run.files.get((strength, kind))
+        if path is None:
+            name = f"{_with_time(_result_name(*sources))}.{_EXTENSIONS[kind]}"
+        else:
+            name, sentence = path.name, f"Saved as {path}."
+        self.save_button.disabled = path is not None
+        self.link.value = _download_link(name, _data_address(data, kind))
+        alt = f"the result at a strength of {strength:.0%}"
+        self.page.value = _picture_tag(Image.open(io.BytesIO(data)), alt)
+        return sentence
+
+    def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:
+        """Offer the result, if there is one, and say so after the ``outcome`` of its run."""
+        words = [outcome] if outcome else []
+        if run.step is not None:
+            try:
+                words.append(self._offer_file(run, run.step, save))
+            except Exception as error:
+                words.append(f"The picture is not saved: {_sentence_of(error)}")
+            words += run.step.job.notes
+        self._say(" ".join(words))
+
+    def _take_choice(self, save: bool = False) -> None:
+        """Offer the result at the strength and in the format that are chosen now."""
+        if self.run is not None and not self.run.is_painting:
+            self._offer(self.run, save=save)
 
     def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
         """Paint until the run is done or stopped, and save what there is."""
-        outcome = "Stopped."
         try:
-            for step in watch(autosave(_until(steps, run.stopping), self.folder), self._show):
+            steps = autosave(_until_stopped(steps, run), self.folder)
+            for step in watch(steps, self._show):
                 run.step = step
-                outcome = "Done." if step.number == step.total else "Stopped."
-        except KeyboardInterrupt:  # only where there is no thread
-            outcome = "Stopped."
+        except KeyboardInterrupt:  # while the page was drawn, as below
+            pass
         except Exception as error:
-            outcome = _sentence_of(error)
-        if run.step is not None:
-            try:
-                outcome += f" Saved as {self._save(run, run.step)}."
-            except Exception as error:
-                outcome += f" The picture is not saved: {_sentence_of(error)}"
-            outcome = " ".join([outcome, *run.step.job.notes])
-            self.strength.disabled = False
-        self._say(outcome)
+            run.problem = _sentence_of(error)
+        is_done = run.step is not None and run.step.number == run.step.total
+        self._offer(run, run.problem or ("Done." if is_done else "Stopped."), save=True)
+        self.strength.disabled = run.step is None
         self.paint_button.description = "Paint"
         run.is_painting = False
         self._show_chosen()
@@ -4175,7 +4275,9 @@ class Panel(widgets.VBox):
         self.run = _PanelRun(dict(self.sources), photo)
         self.strength.disabled = True
         self.strength.value = 1.0
+        self.save_button.disabled = True
         self.link.value = ""
+        self.page.value = "The first step …"
         self.paint_button.description = "Painting …"
         self._say("Painting. Stop keeps the picture so far.")
         self.thread = Thread(target=self._paint, args=[self.run, steps], daemon=True)
@@ -4191,26 +4293,3 @@ class Panel(widgets.VBox):
             return
         self.run.stopping.set()
         self._say("Stopping ...")
-
-    def _take_strength(self, change: Mapping[str, Any]) -> None:
-        """Blend the result with its photo, without a new run; save the blend, and offer it."""
-        run = self.run
-        if run is None or run.step is None or run.is_painting:
-            return
-        strength = f"{change['new']:.0%}"
-        try:
-            blend = blend_with_photo(run.step, run.photo, change["new"])
-            self.page.value = _picture_tag(blend.image, f"the result at a strength of {strength}")
-            self._say(f"At a strength of {strength}, saved as {self._save(run, blend)}.")
-        except Exception as error:
-            self._say(_sentence_of(error))
-
-    def _take_format(self, change: Mapping[str, Any]) -> None:
-        """Offer the latest result in the format that was chosen."""
-        run = self.run
-        if run is None or run.offered is None:
-            return
-        try:
-            self._say(f"Saved as {self._save(run, run.offered)}.")
-        except Exception as error:
-            self._say(_sentence_of(error))

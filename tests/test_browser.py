@@ -31,6 +31,7 @@ pytestmark = [
 ]
 SHOTS = os.environ.get("NST_SCREENSHOTS")
 PATIENCE = 180_000  # milliseconds
+VIEW = {"width": 1280, "height": 1000}  # pixels
 LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # put all cells into the page
@@ -131,13 +132,11 @@ class Person:
             link.click()
         return download.value.suggested_filename, Path(download.value.path()).read_bytes()
 
-    def shot(self, name: str, top) -> None:
-        """A screenshot with ``top`` at its upper edge, for the README."""
-        top.evaluate("element => element.scrollIntoView({block: 'start'})")
-        self.page.wait_for_timeout(300)  # of painting, by the browser
-        data = self.page.locator(".jp-MainAreaWidget:visible").first.screenshot()
+    def shot(self, name: str) -> None:
+        """A screenshot of the panel, for the README."""
+        data = self.panel.locator(".nst-panel").screenshot()
         picture = Image.open(io.BytesIO(data)).convert("RGB")
-        picture.save(ROOT / SHOTS / f"screen_{name}.jpg", quality=80)
+        picture.save(ROOT / SHOTS / f"screen_{name}.jpg", quality=85)
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +146,14 @@ def person(lab) -> Iterator[Person]:
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        person = Person(browser.new_page(viewport={"width": 1280, "height": 1000}), project)
+        person = Person(browser.new_page(viewport=VIEW), project)
         person.open(address)
         yield person
         browser.close()
 
 
 def pictures(project: Path) -> list[Path]:
-    return sorted((project / "outputs").glob("stylized_output_*[0-9].png"))
+    return sorted((project / "outputs").glob("*_in_*[0-9].png"))
 
 
 def newest(project: Path) -> tuple[Path, dict]:
@@ -166,7 +165,7 @@ PHOTO, PAINTING = IMAGES / "chelsea.png", IMAGES / "stained_glass.jpg"
 
 
 def test_the_panel_paints_before_the_cells_below_it_have_run(person):
-    below = "Nothing happens when you press a button?"
+    below = "The lesson uses the pictures that the panel holds."
     person.page.get_by_role("paragraph").filter(has_text=below).click()
     person.choose("Run", "Run All Above Selected Cell")
     person.panel.locator("button.mod-primary").wait_for(timeout=PATIENCE)
@@ -175,12 +174,44 @@ def test_the_panel_paints_before_the_cells_below_it_have_run(person):
     person.press("Paint")
     person.wait_for(r"Done\. Saved as", person.panel)
     assert newest(person.project)[1]["finished"]
+    if SHOTS:
+        person.shot("panel")
+        person.choose_theme("JupyterLab Dark")
+        person.shot("panel_dark")
+        person.choose_theme("JupyterLab Light")
+
+
+@pytest.mark.parametrize("width", [1400, 700])
+def test_the_picture_is_beside_the_controls_where_there_is_room_and_below_them_else(person, width):
+    person.page.set_viewport_size({"width": width, "height": 900})
+    output = person.panel.locator(".jp-OutputArea").first
+    output.evaluate("element => element.scrollIntoView({block: 'start'})")
+    person.page.wait_for_timeout(500)  # while JupyterLab arranges itself
+    picture = person.panel.locator("img[alt^='the result']").bounding_box()
+    controls = [
+        person.panel.locator(kind).last.bounding_box() for kind in (".widget-upload", "select")
+    ]
+    assert picture["width"] > 200
+    if width == 1400:
+        assert all(box["x"] + box["width"] <= picture["x"] for box in controls)
+        assert all(box["y"] + box["height"] < 900 for box in [picture, *controls])
+    else:
+        assert all(box["y"] + box["height"] <= picture["y"] for box in controls)
+        assert picture["x"] + picture["width"] <= width
+    person.page.set_viewport_size(VIEW)
+
+
+def test_upload_buttons_show_no_number_of_files(person):
+    button = person.panel.locator(".widget-upload").first
+    height = button.evaluate("element => [element.clientHeight, element.scrollHeight]")
+    assert height[1] > height[0]  # a second line, cut off
+    assert button.inner_text().split("\n")[0].strip() == "Your photo"
 
 
 def test_an_upload_that_cannot_be_read_is_refused(person, tmp_path):
     (tmp_path / "half.jpg").write_bytes((IMAGES / "china.jpg").read_bytes()[:20_000])
     person.upload("Your photo", tmp_path / "half.jpg")
-    person.wait_for("Not used: .* The photo is unchanged", person.panel)
+    person.wait_for("Not used: 'half.jpg' .* The photo is unchanged", person.panel)
     person.wait_until_idle()
 
 
@@ -189,7 +220,7 @@ def test_an_upload_over_ten_megabytes_arrives(person, tmp_path):
     Image.fromarray(noise).save(tmp_path / "large.png")
     assert 10 * 2**20 < (tmp_path / "large.png").stat().st_size < 100e6
     person.upload("Your photo", tmp_path / "large.png")
-    person.wait_for("Your photo is loaded", person.panel)
+    person.wait_for("large.png", person.panel)
     person.wait_until_idle()
 
 
@@ -199,7 +230,7 @@ def test_after_a_file_that_never_arrives_the_buttons_work_again(person, tmp_path
         person.upload("Your photo", tmp_path / "huge.png")
     person.select("Quality", "normal")
     person.upload("Your photo", IMAGES / "china.jpg")
-    person.wait_for("Your photo is loaded", person.panel)
+    person.wait_for("china.jpg", person.panel)
     person.wait_until_idle()
     person.select("Quality", "quick")
 
@@ -207,7 +238,7 @@ def test_after_a_file_that_never_arrives_the_buttons_work_again(person, tmp_path
 def test_two_uploaded_pictures_are_painted_and_downloaded(person):
     for which, path in {"photo": PHOTO, "painting": PAINTING}.items():
         person.upload(f"Your {which}", path)
-        person.wait_for(f"Your {which} is loaded", person.panel)
+        person.wait_for(path.name, person.panel)
         person.wait_until_idle()
     person.press("Paint")
     person.wait_for(r"Done\. Saved as", person.panel)
@@ -216,29 +247,28 @@ def test_two_uploaded_pictures_are_painted_and_downloaded(person):
     assert nst.load_image(path).std() > 0.1
     link = person.panel.locator("a[download]")
     assert person.download(link) == (path.name, path.read_bytes())
-    if SHOTS:
-        person.shot("panel", person.panel.locator(".jp-Cell-outputArea"))
-        person.choose_theme("JupyterLab Dark")
-        person.shot("panel_dark", person.panel.locator(".jp-Cell-outputArea"))
-        person.choose_theme("JupyterLab Light")
 
 
-def test_the_strength_slider_blends_and_saves_and_its_link_downloads_the_blend(person):
-    before = len(pictures(person.project))
+def test_the_strength_slider_blends_its_link_downloads_the_blend_and_save_saves_it(person):
+    before = pictures(person.project)
     person.panel.locator(".noUi-handle").last.press("ArrowLeft")
-    person.wait_for("At a strength of 9", person.panel)
-    assert len(pictures(person.project)) == before + 1
+    person.wait_for("Not saved yet", person.panel)
+    assert pictures(person.project) == before
+    name, data = person.download(person.panel.locator("a[download]"))
+    assert name.startswith("chelsea_in_stained_glass_")
+    person.press("Save")
+    person.wait_for("^Saved as", person.panel)
+    assert len(pictures(person.project)) == len(before) + 1
     path, record = newest(person.project)
+    assert path.read_bytes() == data
     assert record["notes"][-1].startswith("strength 0.9")
-    link = person.panel.locator("a[download]")
-    assert person.download(link) == (path.name, path.read_bytes())
 
 
 def test_stop_keeps_the_picture_so_far(person):
     person.select("Size", "512")
     person.select("Quality", "best")
     person.press("Paint")
-    person.wait_for(r"step [1-9]\d* of", person.panel)
+    person.wait_for(r"\d% \|", person.panel)
     person.press("Stop")
     person.wait_for(r"Stopped\. Saved as", person.panel)
     assert not newest(person.project)[1]["finished"]
@@ -279,7 +309,7 @@ def test_a_stopped_cell_keeps_its_picture_and_the_cells_below_save_it(person):
     before = len(pictures(person.project))
     person.choose("Run", "Run All Cells")
     loop = person.cell("nst.watch(")
-    person.wait_for(r"step \d+ of [1-9]\d\d,", loop)
+    person.wait_for(r"\d% \|.* left", loop)
     person.choose("Kernel", "Interrupt Kernel")
     person.wait_for("Stopped: the cells below", loop)
     person.wait_until_idle()

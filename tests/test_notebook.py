@@ -52,7 +52,7 @@ def the_form():
 
 
 def saved_in(folder: Path, outputs: str = "outputs") -> Path:
-    (path,) = (folder / outputs).glob("stylized_output_*[0-9].png")
+    (path,) = (folder / outputs).glob("*_in_*[0-9].png")
     return path
 
 
@@ -129,6 +129,7 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     assert run.returncode == 0, run.stderr
     saved = saved_in(tmp_path, "on/drive")
     assert nst.load_image(saved).shape == (1, 3, 43, 64)
+    assert saved.name.startswith(f"{Path(photo).stem}_in_{Path(painting).stem}_")
     # The painting in its own style, too: the photo was painted already.
     others = sorted(path.name for path in saved.parent.iterdir() if path != saved)
     beginnings = ["contact_sheet", "painting", "stylized_output"]
@@ -213,6 +214,7 @@ shell.__class__ = type("Shell", (type(shell),), {"__module__": "google.colab._sh
     resources = {"metadata": {"path": str(content)}}
     NotebookClient(notebook, timeout=300, resources=resources).execute(env=environment)
     saved = saved_in(content)
+    assert saved.name.startswith("chelsea_in_stained_glass_")
     calls = (package / "log").read_text().split()
     assert calls == ["upload"] * 3 + [f"download:{saved.relative_to(content)}"]
     record = record_in(saved)

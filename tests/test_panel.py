@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import re
 import sys
 import threading
@@ -181,9 +182,9 @@ def paint(panel):
     assert not panel.is_painting
 
 
-def upload(panel, which, data):
+def upload(panel, which, data, name="my cat.png"):
     """As the browser does."""
-    file = {"name": "a.png", "type": "image/png", "size": len(data), "content": memoryview(data)}
+    file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data)}
     file["last_modified"] = datetime.now(timezone.utc)
     is_old = ipywidgets.__version__.startswith("7.")  # Colab's
     panel.uploads[which].set_trait("value", {"a.png": file} if is_old else (file,))
@@ -199,19 +200,23 @@ def saved(folder):
 def assert_offered(panel, path):
     """The panel names the file, and its link holds it."""
     assert str(path) in words_on(panel.status)
+    assert panel.save_button.disabled
     assert f'download="{path.name}"' in panel.link.value
     assert files_on(panel.link) == [path.read_bytes()]
     assert panel.paint_button.description == "Paint"
 
 
+def shown_in(box) -> list[ipywidgets.Widget]:
+    """All the widgets in a box, and in the boxes in it."""
+    inner = [shown_in(child) for child in getattr(box, "children", ())]
+    return [box, *(widget for widgets in inner for widget in widgets)]
+
+
 def test_a_panel_shows_all_its_widgets(panel):
-    shown = list(panel.children)
-    for box in panel.children:
-        shown += getattr(box, "children", ())
     expected = [*panel.uploads.values(), *panel.controls.values(), panel.paint_button, panel.page]
     expected += [panel.stop_button, panel.strength, panel.chosen, panel.status, panel.link]
-    expected.append(panel.format)
-    assert {*expected} <= {*shown}
+    expected += [panel.format, panel.save_button]
+    assert {*expected} <= {*shown_in(panel)}
     assert "children" not in repr(panel)  # shown without a kernel
 
 
@@ -220,7 +225,7 @@ def test_a_panel_says_while_cells_run_that_clicks_wait(monkeypatch, shallow, mea
     register = types.SimpleNamespace(register=events.__setitem__)
     monkeypatch.setattr(nst, "get_ipython", lambda: types.SimpleNamespace(events=register))
     panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
-    texts = [child for child in panel.children if isinstance(child, ipywidgets.HTML)]
+    texts = [widget for widget in shown_in(panel) if isinstance(widget, ipywidgets.HTML)]
     before = [text.value for text in texts]
     events["pre_run_cell"](object())
     assert sum(text.value != old for text, old in zip(texts, before, strict=True)) == 1
@@ -228,25 +233,29 @@ def test_a_panel_says_while_cells_run_that_clicks_wait(monkeypatch, shallow, mea
     assert [text.value for text in texts] == before
 
 
-def test_an_upload_is_taken_and_shown_at_once(panel):
-    upload(panel, "painting", CHELSEA)
+def test_an_upload_is_taken_and_shown_with_its_name_at_once(panel):
+    assert "china.jpg" in words_on(panel.chosen)
+    upload(panel, "painting", CHELSEA, "<my> cat.png")
     assert panel.sources == {"photo": SOURCES["photo"], "painting": CHELSEA}
-    assert "painting" in words_on(panel.status)
+    assert "<my> cat.png" in words_on(panel.chosen)
+    assert "for the next run" not in words_on(panel.chosen)
     _, painting = files_on(panel.chosen)
     assert (nst.load_image(painting) - nst.load_image(CHELSEA, 64)).abs().mean() < 0.03
     button = panel.uploads["photo"]
-    change = {"name": "value", "new": {"a.png": {"content": CHELSEA}}, "owner": button}
+    change = {"name": "value", "new": {"old.png": {"content": CHELSEA}}, "owner": button}
     button.notify_change(Bunch(change, type="change"))  # as in ipywidgets 7
     assert panel.sources["photo"] == CHELSEA
+    assert "old.png" in words_on(panel.chosen)
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", CHELSEA[:9000]])
-def test_a_broken_upload_changes_nothing(panel, data):
+def test_a_broken_upload_changes_nothing_and_is_named_at_the_buttons(panel, data):
     before = panel.chosen.value
-    upload(panel, "photo", data)
+    upload(panel, "photo", data, "notes.txt")
     assert panel.sources == SOURCES
-    assert panel.chosen.value == before
-    assert "photo" in words_on(panel.status)
+    assert "notes.txt" in words_on(panel.chosen)
+    panel.controls["color"].value = "content"
+    assert panel.chosen.value == before  # the refusal was read by now
     upload(panel, "photo", CHELSEA)  # the button still works
     assert panel.sources["photo"] == CHELSEA
 
@@ -264,16 +273,13 @@ def test_other_clicks_bring_new_upload_buttons_in_place_of_stuck_ones(panel):
 
 
 def test_the_controls_make_the_settings(panel, measured):
-    changes = {"style": 3, "size": 256, "color": "luminance", "quality": "best"}
+    changes = {"style_weight": 3, "max_size": 256, "color": "luminance", "quality": "best"}
     before = {name: control.value for name, control in panel.controls.items()}
     for name, value in changes.items():
         panel.controls[name].value = value
     assert panel.config == replace(
         SHALLOW,
-        style_weight=3 * SHALLOW.style_weight,
-        max_size=256,
-        color="luminance",
-        quality="best",
+        **changes | {"style_weight": 3 * SHALLOW.style_weight},
         num_steps="auto",  # another quality was chosen, so the number of the settings is void
     )
     for name, value in before.items():
@@ -289,7 +295,7 @@ def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
         return nst.Estimate(83.0, 1.5e9, 7.25e9, 1e-6)
 
     monkeypatch.setattr(nst, "estimate", estimate)
-    panel.controls["size"].value = 256
+    panel.controls["max_size"].value = 256
     for number in ("256 x 171", "83 s", "1.5", "7.2"):
         assert number in words_on(panel.chosen)
 
@@ -304,7 +310,9 @@ def test_paint_makes_and_saves_the_picture_of_the_settings(panel, shallow, tmp_p
     assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
     assert record_in(path)["finished"]
     assert_offered(panel, path)
-    assert "step 6 of 6" in panel.page.value
+    assert re.fullmatch(r"china_in_starry_night_\d{8}_\d{6}\.png", path.name)
+    (shown,) = files_on(panel.page)
+    assert (nst.load_image(shown) - expected).abs().mean() < 0.03
 
 
 def test_paint_pressed_twice_is_one_run_that_says_how_far_it_is(panel, gate):
@@ -334,16 +342,21 @@ def test_a_run_has_the_settings_and_pictures_of_its_start(panel, gate, tmp_path)
     upload(panel, "photo", TRANSPARENT)
     upload(panel, "painting", CHELSEA)
     panel.controls["color"].value = "luminance"
+    assert words_on(panel.chosen).count("for the next run") == 2
     gate.finish(panel)
-    painted = saved(tmp_path)
-    record = record_in(painted)
+    assert words_on(panel.chosen).count("for the next run") == 2  # other pictures are shown done
+    path = saved(tmp_path)
+    assert path.name.startswith("china_in_starry_night_")
+    record = record_in(path)
     assert record["settings"]["color"] == "content"
     assert record["photo"] == nst._sha256_of(SOURCES["photo"])
     assert record["paintings"] == [nst._sha256_of(SOURCES["painting"])]
     panel.strength.value = 0  # the photo that was painted, not the one that is chosen now
-    (blend,) = set(tmp_path.iterdir()) - {painted}
+    (blend,) = files_on(panel.link)
     photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
     assert torch.equal(nst.load_image(blend), (photo * 255).round() / 255)
+    paint(panel)
+    assert "for the next run" not in words_on(panel.chosen)
 
 
 @pytest.mark.parametrize("steps", [2, 5])
@@ -365,19 +378,31 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     panel.start()
     gate.finish(panel)
     first, run = saved(tmp_path), panel.run
+    panel.strength.value = 0.5
     panel.strength.value = 0.25
+    assert saved(tmp_path) == first  # only Save saves a blend
+    assert "Saved as" not in words_on(panel.status)
+    assert not panel.save_button.disabled
     photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
     blend = photo + 0.25 * (panel.result.image - photo)
-    (second,) = set(tmp_path.iterdir()) - {first}
-    assert (nst.load_image(second) - blend).abs().max() < 0.01
-    assert record_in(second)["notes"] == ["strength 0.25"]
+    (offered,) = files_on(panel.link)
+    assert re.search(r'download="china_in_starry_night_\d{8}_\d{6}\.png"', panel.link.value)
+    assert (nst.load_image(offered) - blend).abs().max() < 0.01
     (shown,) = files_on(panel.page)
     assert (nst.load_image(shown) - blend).abs().mean() < 0.03
+    panel.save_button.click()
+    (second,) = set(tmp_path.iterdir()) - {first}
+    assert second.read_bytes() == offered
+    assert record_in(second)["notes"] == ["strength 0.25"]
     assert_offered(panel, second)
+    panel.strength.value = 1
+    assert_offered(panel, first)
     assert panel.run is run
+    panel.strength.value = 0.75
     panel.start()
     assert panel.strength.value == 1
     assert panel.strength.disabled
+    assert panel.save_button.disabled
     gate.finish(panel)
     (third,) = set(tmp_path.iterdir()) - {first, second}
     assert record_in(third)["notes"] == []
@@ -390,18 +415,34 @@ def test_the_latest_result_is_offered_in_the_format_that_is_chosen(panel, tmp_pa
     assert webp.suffix == ".webp"
     assert_offered(panel, webp)
     panel.format.value = "jpeg"
+    (offered,) = files_on(panel.link)
+    assert Image.open(io.BytesIO(offered)).format == "JPEG"
+    assert [*tmp_path.iterdir()] == [webp]
+    panel.save_button.click()
     (jpeg,) = tmp_path.glob("*.jpg")
     assert_offered(panel, jpeg)
     assert nst.read_record(jpeg) == nst.read_record(webp)
     panel.format.value = "webp"
     assert_offered(panel, webp)
-    assert {*tmp_path.iterdir()} == {webp, jpeg}  # neither was written twice
     panel.strength.value = 0.5
+    panel.save_button.click()
     (blend,) = {*tmp_path.iterdir()} - {webp, jpeg}
-    panel.format.value = "jpeg"  # of the blend, though there is a JPEG of the result
-    (other,) = {*tmp_path.iterdir()} - {webp, jpeg, blend}
-    assert_offered(panel, other)
-    assert nst.read_record(other)["notes"] == nst.read_record(blend)["notes"] == ["strength 0.5"]
+    assert_offered(panel, blend)
+    assert nst.read_record(blend)["notes"] == ["strength 0.5"]
+
+
+def test_a_transparent_result_is_shown_as_it_is_saved(panel, tmp_path):
+    upload(panel, "photo", TRANSPARENT)
+    paint(panel)
+    with Image.open(saved(tmp_path)) as picture:
+        assert picture.getchannel("A").getextrema() == (99, 99)
+    (shown,) = files_on(panel.page)
+    assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (99, 99)
+    assert "gradient" in panel.page.value  # the checkerboard
+    with pytest.warns(nst.StyleTransferWarning, match="JPEG"):
+        panel.format.value = "jpeg"
+    (shown,) = files_on(panel.page)
+    assert Image.open(io.BytesIO(shown)).mode == "RGB"
 
 
 def test_a_format_chosen_while_a_run_paints_counts_at_its_end(panel, gate, tmp_path):
@@ -425,24 +466,29 @@ def test_an_error_is_said_and_the_picture_so_far_is_saved(monkeypatch, panel, tm
 
     monkeypatch.setattr(nst, "stylize", broken)
     paint(panel)
-    (path,) = set(tmp_path.iterdir()) - {*tmp_path.glob("*.partial.png")}
+    path = saved(tmp_path)  # and no .partial.png
     assert record_in(path)["step"] == 1
     assert (str(error) or "ValueError") in words_on(panel.status)
     assert_offered(panel, path)
 
 
-def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel):
-    monkeypatch.setattr(nst, "save_image", fail(NO_SPACE))
+def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel, tmp_path):
+    write = nst._write_new_file
+
+    def write_partials_alone(data, folder, suffix, name="partial"):
+        return write(data, folder, suffix) if name == "partial" else fail(NO_SPACE)()
+
+    monkeypatch.setattr(nst, "_write_new_file", write_partials_alone)
     paint(panel)
     assert "No space left" in words_on(panel.status)
     assert panel.result.number == SHALLOW.num_steps
+    (offered,) = files_on(panel.link)  # it can be downloaded all the same
     panel.status.value = ""
-    panel.strength.value = 0.5
+    panel.save_button.click()
     assert "No space left" in words_on(panel.status)
-    assert len(files_on(panel.page)) == 1  # the blend is shown all the same
-    panel.status.value = ""
-    panel.format.value = "jpeg"
-    assert "No space left" in words_on(panel.status)
+    monkeypatch.setattr(nst, "_write_new_file", write)
+    panel.save_button.click()
+    assert saved(tmp_path).read_bytes() == offered
 
 
 def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measured):
@@ -451,10 +497,9 @@ def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measure
     assert "gone.jpg" in words_on(panel.chosen)
     panel.start()
     assert "gone.jpg" in words_on(panel.status)
-    upload(panel, "photo", TRANSPARENT)
+    upload(panel, "photo", TRANSPARENT, "../my cat 100%.tar.png")
     paint(panel)
-    with Image.open(saved(tmp_path)) as picture:  # as transparent as its photo
-        assert picture.getchannel("A").getextrema() == (99, 99)
+    assert saved(tmp_path).name.startswith("my_cat_100_tar_in_starry_night_")
 
 
 def test_of_a_cut_out_painting_only_what_is_visible_counts(panel):
@@ -476,6 +521,18 @@ def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):
     other = SOURCES | {"photo": IMAGES / "stained_glass.jpg"}
     changed = nst.Panel(SHALLOW, other, tmp_path, network=shallow, earlier=again)
     assert changed.sources == other
+
+
+def test_choices_outlive_running_the_cell_again(panel, shallow, tmp_path):
+    panel.controls["style_weight"].value = 3
+    panel.controls["quality"].value = "best"
+    panel.format.value = "webp"
+    again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert again.config == panel.config
+    assert again.format.value == "webp"
+    changed = replace(SHALLOW, quality="normal", style_weight=7)
+    again = nst.Panel(changed, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert again.config == changed
 
 
 def test_colab_paints_in_the_foreground(panel, colab, tmp_path):

@@ -299,10 +299,28 @@ def test_a_jpeg_of_an_opaque_photo_with_alpha_is_saved_without_a_warning(tmp_pat
         assert saved.mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("photo", "paintings", "beginning"),
+    [
+        ("my/Löwe 1.jpg", ["https://example.org/a/candy.png?size=2"], "Löwe_1_in_candy_"),
+        (Path("lion.jpg"), ["candy.jpg", "la muse.jpg"], "lion_in_candy_and_la_muse_"),
+        ("l" * 99, ["c" * 99], f"{'l' * 40}_in_{'c' * 40}_"),
+        ("獅" * 99, ["candy"], f"{'獅' * 13}_in_candy_"),
+        (b"", ["candy"], "stylized_output_"),
+        ("lion", [b""], "stylized_output_"),
+        ("lion", [], "stylized_output_"),
+    ],
+)
+def test_a_result_is_named_after_its_pictures(photo, paintings, beginning):
+    assert f"{nst._result_name(photo, paintings)}_" == beginning
+
+
 @pytest.mark.usefixtures("one_second")
 def test_a_file_can_be_named(tmp_path):
     path = nst.save_image(grey(9), tmp_path, name="lion 100%d")
     assert path.name == "lion 100%d_20261122_101112.png"
+    path = nst.save_image(grey(9), tmp_path, photo=SOURCES[0], paintings=SOURCES[1:2])
+    assert path.name == f"{SOURCES[0].stem}_in_{SOURCES[1].stem}_20261122_101112.png"
 
 
 # Timelapse ----------------------------------------------------------------------------------------
