@@ -1989,18 +1989,20 @@ def _free_bytes(device: torch.device) -> float:
 def _plan_strips(job: Job) -> Job:
     """The job with strips at the scales that need them.
 
-    With ``checkpoint``, all blocks are in strips. Otherwise the first, which needs the most memory,
-    is on a CPU at a scale larger than the result: so that supersampling takes little more.
+    With ``checkpoint``, all blocks are in strips. Otherwise, on a CPU, the first block, which needs
+    the most memory, is at a scale larger than the result, so that supersampling takes little more.
+    A GPU, for which strips are many small operations, uses them only where memory is short.
     """
+    is_gpu = _is_gpu(job.network.device)
     half_of_free = _free_bytes(job.network.device) / 2
     result = max(_size_of(job.content))
     scales = []
     for scale in job.scales:
-        is_large = max(scale.size) > result
-        strips = 1 if is_large and not _is_gpu(job.network.device) else 0
-        is_short = _bytes_needed(job, scale.size, strips) > half_of_free
-        if job.config.checkpoint is True or (job.config.checkpoint == "auto" and is_short):
-            strips = _ALL_BLOCKS
+        on_cpu = [1 if max(scale.size) > result else 0]
+        choices = [0, 1] if is_gpu else on_cpu
+        fitting = [n for n in choices if _bytes_needed(job, scale.size, n) <= half_of_free]
+        fastest = choices if job.config.checkpoint is False else fitting
+        strips = _ALL_BLOCKS if job.config.checkpoint is True else [*fastest, _ALL_BLOCKS][0]
         scales.append(replace(scale, strips=strips))
     return replace(job, scales=scales)
 

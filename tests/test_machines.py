@@ -104,6 +104,21 @@ def test_a_step_on_a_gpu_is_few_operations_and_one_wait(vgg, pair):
     assert count.operations["aten._local_scalar_dense.default"] == 1
 
 
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize(
+    ("checkpoint", "free", "strips"),
+    [("auto", 1e11, [0, 0]), ("auto", 25e6, [0, 1]), ("auto", 18e6, [0, 5]), (False, 1e6, [0, 0])],
+)
+def test_a_gpu_uses_strips_only_where_memory_is_short(
+    monkeypatch, vgg, pair, checkpoint, free, strips
+):
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(nst, "_check_memory", lambda job: None)
+    config = replace(TINY, quality="normal", checkpoint=checkpoint)
+    job = nst._make_job(*pair, config, vgg)
+    assert [scale.strips for scale in job.scales] == strips
+
+
 # float16 ------------------------------------------------------------------------------------------
 
 
