@@ -920,7 +920,8 @@ def plan_scales(
     for number, steps_here in enumerate(steps):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        is_shallow = finer_scales == 0 and len(sizes) > 1
+        is_finest = finer_scales == 0 and len(sizes) > 1
+        is_shallow = is_finest and num_steps <= _NORMAL_STEPS and config.optimizer == "lbfgs"
         scales.append(Scale(sizes[number], steps_here, lr, is_shallow=is_shallow))
     return [scale for scale in scales if scale.steps > 0]  # of very few steps, some get none
 
@@ -952,7 +953,9 @@ def _layers_at(scale: Scale, config: StyleTransferConfig) -> _Layers:
 
     Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
     layers see, and without those, half as many steps again take the same time. relu3_1 then
-    takes the place of the content layers.
+    takes the place of the content layers. With more steps than normal, as for "best", no scale is
+    shallow: many steps without deep layers would make the grain too strong. Nor with Adam, which
+    needs them all the time.
     """
     style, weights = config.style_layers, config.style_layer_weights
     if not scale.is_shallow:

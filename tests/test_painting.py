@@ -64,7 +64,8 @@ def test_a_plan_takes_all_steps_and_ends_at_the_finest_size(size, num_steps, sca
         assert scale.lr == pytest.approx(config.learning_rate * (1 + 0.8 * finer_scales))
         assert scale.steps >= 1
         assert min(scale.size) >= 16
-        assert scale.is_shallow == (scale is plan[-1] and scale.size != plan[0].size)
+        is_finest = scale is plan[-1] and scale.size != plan[0].size
+        assert scale.is_shallow == (is_finest and num_steps <= 100)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,8 @@ def test_the_finest_scale_leaves_deep_layers_out(
     assert dict(zip(layers.style, layers.style_weights, strict=True)) == style
     layers = nst._layers_at(coarsest, config)
     assert layers == (content_layers, config.style_layers, style_layer_weights)
+    with_adam = nst.plan_scales((342, 512), replace(config, optimizer="adam"))
+    assert not any(scale.is_shallow for scale in with_adam)  # it gets nowhere without
 
 
 def test_no_deep_layer_is_computed_at_the_finest_scale(monkeypatch, vgg, pair):
@@ -392,7 +395,7 @@ def test_the_picture_gets_nearer_to_the_painting(vgg, pictures, optimizer, names
     other = nst.resize(other, content.shape[2:])
     recolored, unrelated = (nst.match_colors(x, style).clamp(0, 1) for x in (content, other))
     image = steps[-1].image
-    assert style_loss(image, style, vgg) < 0.6 * style_loss(recolored, style, vgg)
+    assert style_loss(image, style, vgg) < style_loss(recolored, style, vgg) / 2
     assert content_loss(image, recolored, vgg) < content_loss(unrelated, recolored, vgg)
 
 
