@@ -106,7 +106,6 @@ __all__ = [
     "film_tag",
     "gram_matrix",
     "live_view",
-    "liveliest_channels",
     "load_image",
     "load_mask",
     "load_network",
@@ -3421,7 +3420,7 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
 
 _FIGURE_WIDTH = 9  # inches
 _TITLE_HEIGHT = 0.3
-_FIGURE_JPEG = {"quality": 45}  # a notebook stores each figure twice
+_FIGURE_JPEG = {"quality": 45}
 _VIEW_SIDE = 512  # pixels of a picture on the page
 _CHECKERBOARD = "background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 / 16px 16px;"
 
@@ -3458,13 +3457,6 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
         else:
             ax.imshow(image.float().cpu().numpy(), cmap="magma", norm=scale)
         ax.set_title(title, fontsize=size)
-
-
-def liveliest_channels(features: Tensor, name: str, count: int = 6) -> dict[str, Tensor]:
-    """The channels of a layer, (1, C, h, w), that vary the most: {"name, channel 7": (h, w)}."""
-    maps = features[0].float()
-    order = maps.flatten(1).std(1).topk(count).indices.tolist()
-    return {f"{name}, channel {number}": maps[number] for number in order}
 
 
 def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
@@ -3872,10 +3864,10 @@ def paint_folder(
 
 
 def set_up_notebook() -> None:
-    """Make the figures of this notebook light (JPEG) and accessible (alt text)."""
+    """Make the figures of this notebook light (JPEG, stored once) and accessible (alt text)."""
     shell = get_ipython()
     if shell is not None:
-        set_matplotlib_formats("jpeg", pil_kwargs=_FIGURE_JPEG)  # where a page takes no HTML
+        set_matplotlib_formats()  # none but the HTML of the next line
         shell.display_formatter.formatters["text/html"].for_type(plt.Figure, _figure_tag)
 
 
