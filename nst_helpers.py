@@ -3754,20 +3754,24 @@ def _painted_before(
     wanted = {
         "asked": json.loads(json.dumps(_asked(config, network))),  # with lists for tuples
         "paintings": [_sha256_of(painting) or "without a file"],
-        "own_pictures": [],
         "finished": True,
     }
     files = {}
     for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
         record = _remembered(path) or {}
         is_blend = "strength " in str(record.get("notes"))  # see blend_with_photo
-        if wanted.items() <= record.items() and not is_blend:
+        has_own = str(record.get("own_pictures")) not in ("[]", "['visible']")  # the painting's own
+        if wanted.items() <= record.items() and not is_blend and not has_own:
             files[record["photo"]] = path
     return files
 
 
 def _paint_each(
-    photos: Sequence[Path], style: Tensor, config: StyleTransferConfig, network: VGG19Features
+    photos: Sequence[Path],
+    style: Tensor,
+    visible: Tensor | None,
+    config: StyleTransferConfig,
+    network: VGG19Features,
 ) -> Iterator[tuple[Path, Step | Exception]]:
     """Each photo with its last step, or with the error that says why it cannot be painted."""
     form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
@@ -3775,7 +3779,7 @@ def _paint_each(
         for number, path in enumerate(photos):
             try:
                 photo = load_image(path, config.max_size)
-                steps = stylize(photo, style, config, network=network)
+                steps = stylize(photo, style, config, network=network, visible=visible)
             except (OSError, ValueError) as error:
                 yield path, error
                 continue
@@ -3837,7 +3841,7 @@ def paint_folder(
     paths = _photos_in(photos)
     if not paths:
         raise ValueError(f"photos must hold at least one picture, but {_shown(photos)} has none.")
-    style = load_image(painting, config.max_size)
+    style, visible = load_painting(painting, config.max_size)
     folder = prepare_output_folder(output_folder)
     network = load_network(config) if network is None else network
     before = _painted_before(folder, painting, config, network, format)
@@ -3845,7 +3849,7 @@ def paint_folder(
     missing = [path for path, file in files.items() if file is None]
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
     problems = []
-    for path, outcome in _paint_each(missing, style, config, network):
+    for path, outcome in _paint_each(missing, style, visible, config, network):
         if isinstance(outcome, Exception):
             problems.append(f"{path.name}: {outcome}")
         else:

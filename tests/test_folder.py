@@ -211,6 +211,21 @@ def blended(steps, photo):
     return nst.blend_with_photo(last(steps), photo, 0.5)
 
 
+def test_of_a_cut_out_painting_what_is_visible_counts(photos, paint, painted, tmp_path, shallow):
+    with Image.open(PAINTING) as picture:
+        painting = picture.resize((40, 30)).convert("RGBA")
+    painting.paste((255, 255, 255, 0), (0, 0, 20, 30))
+    painting.save(tmp_path / "cut_out.png")
+    files = paint(photos, painting=tmp_path / "cut_out.png")
+    style, visible = nst.load_painting(tmp_path / "cut_out.png", CONFIG.max_size)
+    photo = nst.load_image(photos / "a.jpg", CONFIG.max_size)
+    run = nst.stylize(photo, style, CONFIG, network=shallow, visible=visible)
+    assert_close(nst.load_image(files[photos / "a.jpg"]), last(run).image, 0.51 / 255)
+    painted.clear()
+    assert paint(photos, painting=tmp_path / "cut_out.png") == files
+    assert painted == []  # they are done
+
+
 @pytest.mark.parametrize(
     ("pictures", "change"),
     [({}, stopped), ({}, blended), ({"keep": half_mask((24, 32))}, lambda steps, _: last(steps))],
