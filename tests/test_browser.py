@@ -165,7 +165,7 @@ PHOTO, PAINTING = IMAGES / "chelsea.png", IMAGES / "stained_glass.jpg"
 
 
 def test_the_panel_paints_before_the_cells_below_it_have_run(person):
-    below = "The lesson uses the pictures that the panel holds."
+    below = "stylize is what the panel calls"
     person.page.get_by_role("paragraph").filter(has_text=below).click()
     person.choose("Run", "Run All Above Selected Cell")
     person.panel.locator("button.mod-primary").wait_for(timeout=PATIENCE)
@@ -241,7 +241,7 @@ def test_two_uploaded_pictures_are_painted_and_downloaded(person):
         person.wait_for(path.name, person.panel)
         person.wait_until_idle()
     person.press("Paint")
-    person.wait_for(r"Done\. Saved as", person.panel)
+    person.wait_for(r"Done\. Saved as .*chelsea_in_stained_glass", person.panel)
     path, record = newest(person.project)
     assert [record["photo"], *record["paintings"]] == [sha256(PHOTO), sha256(PAINTING)]
     assert nst.load_image(path).std() > 0.1
