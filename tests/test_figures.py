@@ -86,7 +86,9 @@ def test_figures_of_the_notebook_have_alt_text(monkeypatch, tmp_path):
     figure.set_label('two "lines"')
     figure.subplots().plot([1, 2])
     data, _ = shell.display_formatter.format(figure)
-    assert {*data} == {"text/plain", "text/html"}  # stored once
+    assert {*data} == {"text/plain", "text/html", "image/jpeg"}
+    with Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))) as copy:
+        assert copy.width < 300 / 2  # where a page takes no HTML
     assert 'alt="two &quot;lines&quot;"' in data["text/html"]
 
 

@@ -187,7 +187,7 @@ def upload(panel, which, data, name="my cat.png"):
     file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data)}
     file["last_modified"] = datetime.now(timezone.utc)
     is_old = ipywidgets.__version__.startswith("7.")  # Colab's
-    panel.uploads[which].set_trait("value", {"a.png": file} if is_old else (file,))
+    panel.uploads[which].set_trait("value", {file["name"]: file} if is_old else (file,))
 
 
 def saved(folder):
