@@ -1216,8 +1216,9 @@ def plan_scales(
     shapes. Each has half the height and width of the next, and none is smaller than ``start``, a
     picture to go on from.
 
-    Steps above _NORMAL_STEPS go half each to the two finest scales: more at the coarsest would
-    distort faces, which later scales cannot repair.
+    Steps above _NORMAL_STEPS go half each to the two finest sizes: more at the coarsest would
+    distort faces, which later scales cannot repair. At the finest they come before its shallow
+    steps, as a scale of their own that looks at all layers.
     """
     config = config.resolve_quality()
     num_steps = _STEPS[config.quality] if config.num_steps == "auto" else config.num_steps
@@ -1225,16 +1226,17 @@ def plan_scales(
     steps = _share_out(min(num_steps, _NORMAL_STEPS), len(sizes))
     more_steps = num_steps - sum(steps)
     if len(sizes) > 1:
-        steps[-2] += more_steps // 2
-        more_steps -= more_steps // 2
-    steps[-1] += more_steps
+        steps[-2] += more_steps - more_steps // 2
+        more_steps //= 2
     scales = []
-    for number, steps_here in enumerate(steps):
+    for number, size_here in enumerate(sizes):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        is_finest = finer_scales == 0 and len(sizes) > 1
-        is_shallow = is_finest and num_steps <= _NORMAL_STEPS and config.optimizer == "lbfgs"
-        scales.append(Scale(sizes[number], steps_here, lr, is_shallow=is_shallow))
+        scales.append(Scale(size_here, steps[number], lr))
+    has_shallow = len(sizes) > 1 and config.optimizer == "lbfgs"
+    deep = replace(scales[-1], steps=more_steps + (0 if has_shallow else steps[-1]))
+    shallow = replace(scales[-1], steps=steps[-1] if has_shallow else 0, is_shallow=True)
+    scales = [*scales[:-1], deep, shallow]
     return [scale for scale in scales if scale.steps > 0]  # of very few steps, some get none
 
 
@@ -1374,9 +1376,8 @@ def _layers_at(
 
     Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
     layers see, and without those, half as many steps again take the same time. relu3_1 then
-    takes the place of the content layers. With more steps than normal, as for "best", no scale is
-    shallow: many steps without deep layers would make the grain too strong. Nor with Adam, which
-    needs them all the time.
+    takes the place of the content layers. Its steps are few: many steps without deep layers would
+    make the grain too strong. Adam needs deep layers all the time.
     """
     equal = [1.0] * len(config.style_layers)
     weights = equal if config.style_layer_weights == "equal" else config.style_layer_weights
