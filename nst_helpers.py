@@ -255,16 +255,24 @@ def _check_layers(generated: Mapping[str, Any], target: Mapping[str, Any]) -> No
             raise ValueError(f"generated must have the layer {layer}, not only {list(generated)}.")
 
 
-def calculate_content_loss(generated: _Features, content: _Features) -> Tensor:
+def calculate_content_loss(
+    generated: _Features, content: _Features, guides: _Features | None = None
+) -> Tensor:
     """How far a picture is from the photo: ‖F − P‖² / ‖P‖², averaged over the layers.
 
     ``generated`` and ``content`` are the features of the picture and of the photo; the layers are
     those of ``content``. 0 is the photo itself; features that are all zero would score 1.
+    ``guides``, {layer: (1, 1, h, w)}, say how much each position counts; by default, all the same.
     Equation 1 of the paper is ½‖F − P‖². Departure: the loss is relative, so it means the same in
     any layer, at any size, in any network. ``ValueError`` if a layer is missing.
     """
     _check_layers(generated, content)
-    distances = [_relative_distance(generated[layer], content[layer]) for layer in content]
+    distances = []
+    for layer, P in content.items():
+        F = generated[layer]
+        if guides is not None:
+            F, P = F * guides[layer], P * guides[layer]
+        distances.append(_relative_distance(F, P))
     return torch.stack(distances).mean()
 
 
@@ -750,11 +758,13 @@ def _shares_of(masks: Sequence[Tensor], photo: Tensor) -> list[Tensor]:
     return [mask / total for mask in fitted]
 
 
-def _recolor(photo: Tensor, palettes: Sequence[Tensor], shares: Sequence[float | Tensor]) -> Tensor:
-    """The photo in the palettes of the paintings, as much of each as its share."""
+def _recolor(
+    photo: Tensor, part: Tensor, palettes: Sequence[Tensor], shares: Sequence[float | Tensor]
+) -> Tensor:
+    """The photo, of which a part counts, in the palettes of the paintings, each by its share."""
     recolored = photo * (1 - sum(shares))  # what no share claims stays as it is
     for palette, share in zip(palettes, shares, strict=True):
-        recolored = recolored + share * match_colors(photo, palette).clamp(0, 1)
+        recolored = recolored + share * match_colors(photo, palette, part).clamp(0, 1)
     return recolored.clamp(0, 1)
 
 
@@ -1248,6 +1258,7 @@ class Job:
     styles: the paintings, one or more, each (1, 3, H, W).
     masks: one for each painting, (1, 3, h, w), white where it goes; none blends them everywhere.
     visible: one for each painting, white where its style is taken from; ``None`` is everywhere.
+    cutout: white where the photo is visible, if it is cut out; what is hidden counts nowhere.
     keep: white where the photo stays as it is.
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
@@ -1262,6 +1273,7 @@ class Job:
     scales: Sequence[Scale]
     masks: Sequence[Tensor] = ()
     visible: Sequence[Tensor | None] = ()
+    cutout: Tensor | None = None
     keep: Tensor | None = None
     start: Tensor | None = None
     picture: Tensor | None = None
@@ -1307,14 +1319,15 @@ def _match_palettes(job: Job) -> tuple[Tensor, list[Tensor]]:
     With masks, each painting's palette goes where its mask is white.
     """
     color = job.config.color
+    photo = _visible_pixels(job.content, job.cutout)
     seen = list(itertools.zip_longest(job.styles, job.visible))
     parts = [_visible_pixels(style, visible) for style, visible in seen]
     styles = [_fill_hidden(style, visible) for style, visible in seen]
     if color == "style":
         weights = _blend_weights(job.config, len(styles))
         shares = _shares_of(job.masks, job.content) if job.masks else weights
-        return _recolor(job.content, parts, shares), styles
-    photo = _channels(job.content, color)
+        return _recolor(job.content, photo, parts, shares), styles
+    photo = _channels(photo, color)
     of_photo = [
         match_colors(_channels(style, color), photo, _channels(part, color)).clamp(0, 1)
         for style, part in zip(styles, parts, strict=True)
@@ -1396,7 +1409,8 @@ class _Scene(NamedTuple):
     content: _Features  # {layer: (1, C, h, w)}: what the network sees in the photo
     style: Mapping[str, Statistics]  # {layer: those of the paintings}
     layer_weights: Sequence[float]  # of the style
-    guides: _Features | None  # {layer: (R, 1, h, w)}: where each painting goes, with masks
+    content_guides: _Features | None  # {layer: (1, 1, h, w)}: where the photo is visible
+    guides: _Features | None  # {layer: (R, 1, h, w)}: where each painting goes
     region_shares: Sequence[float] | None  # how much each region counts
     limits: _Limits
 
@@ -1404,16 +1418,21 @@ class _Scene(NamedTuple):
 def _make_regions(
     job: Job, scale: Scale, layers: Iterable[str]
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The guides that the masks make of a padded canvas, and the share of each region.
+    """The guides that masks and a cut-out make of a padded canvas, and the share of each region.
 
     Departure from Gatys et al. (2017), section 4: a region counts by its area, so that small ones
     are not painted more strongly.
     """
-    masks = _pad(torch.cat([_fit_mask(mask, scale.size) for mask in job.masks]))
+    whole = torch.ones(1, 1, *scale.size)
+    shown = whole if job.cutout is None else _fit_mask(job.cutout, scale.size)
+    regions = [_fit_mask(mask, scale.size) for mask in job.masks] or [whole]
+    masks = _pad(torch.cat(regions) * shown)
     guides = _make_guides(masks, layers, job.content.device)
+    if not job.masks:
+        return guides, [1.0]  # all paintings together
     blend = _blend_weights(job.config, len(job.masks))
     paintings_used = sum(weight > 0 for weight in blend)  # equal weights count once each
-    areas = masks.square().mean((1, 2, 3)).tolist()
+    areas = (masks.square().mean((1, 2, 3)) / _pad(shown).square().mean()).tolist()
     return guides, [w * paintings_used * area for w, area in zip(blend, areas, strict=True)]
 
 
@@ -1449,12 +1468,18 @@ def _set_scene(job: Job, scale: Scale, content: Tensor, styles: Sequence[Tensor]
     layers, weights = _layers_at(scale, job.config)
     features, _ = job.network.look(_pad(content), layers, strips=scale.strips)
     targets = _see_styles(job, scale, styles, weights)
-    guides, shares = _make_regions(job, scale, weights) if job.masks else (None, None)
+    content_guides, guides, shares = None, None, None
+    if job.cutout is not None:
+        shown = _pad(_fit_mask(job.cutout, scale.size))
+        content_guides = _make_guides(shown, layers, job.content.device)
+    if job.masks or job.cutout is not None:
+        guides, shares = _make_regions(job, scale, weights)
     limits: _Limits = (0.0, 1.0)
     if job.config.color == "luminance":
         darkest, lightest = _luminance_limits(resize(job.content, scale.size))
         limits = _pad(darkest), _pad(lightest)
-    return _Scene(features, targets, list(weights.values()), guides, shares, limits)
+    layer_weights = list(weights.values())
+    return _Scene(features, targets, layer_weights, content_guides, guides, shares, limits)
 
 
 def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> _LBFGS | _Adam:
@@ -1477,7 +1502,7 @@ def _calculate_losses(
 
     The total is equation 7 of the paper, α × content + β × style, plus total variation.
     """
-    content = calculate_content_loss(features, scene.content)
+    content = calculate_content_loss(features, scene.content, scene.content_guides)
     weights, shares = scene.layer_weights, scene.region_shares
     style = calculate_style_loss(statistics, scene.style, weights, shares)
     tv = total_variation_loss(canvas)
@@ -1682,7 +1707,8 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     if strips == _ALL_BLOCKS:
         total += min(pixels, _STRIP_ROWS * size[1]) * _BYTES_OF_STRIP
     looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
-    total += pixels * _BYTES_OF_REGION * (len(job.masks) + looks)
+    regions = len(job.masks) or (job.cutout is not None)
+    total += pixels * _BYTES_OF_REGION * (regions + looks)
     if job.network.dtype != torch.float32:
         total *= _HALF_PRECISION_SHARE
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
@@ -1980,6 +2006,8 @@ def _check_job(job: Job) -> None:
             raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
     for number, mask in enumerate(job.masks):
         _check_mask(f"masks[{number}]", mask, job)
+    if job.cutout is not None:
+        _check_mask("cutout", job.cutout, job)
     missing = set(config.layers) - set(network.layers)
     if missing or network.pooling != config.pooling:
         seen = f"layers {', '.join(network.layers)} and {network.pooling} pooling"
@@ -1999,16 +2027,17 @@ def _plan(
     keep: Tensor | None = None,
     start: Tensor | None = None,
     visible: _Visible = None,
+    cutout: Tensor | None = None,
 ) -> Job:
     """Everything that ``stylize`` is given, checked, on the network's device."""
     config = StyleTransferConfig() if config is None else config
     _check_type("config", config, StyleTransferConfig, "StyleTransferConfig(...)")
     paintings, regions = _as_list(styles), _as_list(masks)
     shown = [] if visible is None else _as_list(visible)
-    named: dict[str, Any] = {"content": content, "keep": keep, "start": start}
+    named: dict[str, Any] = {"content": content, "keep": keep, "start": start, "cutout": cutout}
     for name, images in (("styles", paintings), ("masks", regions), ("visible", shown)):
         named |= {f"{name}[{number}]": image for number, image in enumerate(images)}
-    optional = {"keep", "start", *(f"visible[{number}]" for number in range(len(shown)))}
+    optional = {"keep", "start", "cutout", *(f"visible[{number}]" for number in range(len(shown)))}
     for name, image in named.items():
         if image is not None or name not in optional:
             _check_image(name, image)
@@ -2025,6 +2054,7 @@ def _plan(
         scales=plan_scales(_size_of(content), config, start),
         masks=[mask.float() for mask in regions],
         visible=[None if mask is None else mask.float() for mask in shown],
+        cutout=None if cutout is None else cutout.float(),
         keep=None if keep is None else keep.float(),
         start=None if start is None else start.float().to(device),
     )
@@ -2044,6 +2074,7 @@ def stylize(
     keep: Tensor | None = None,
     start: Tensor | None = None,
     visible: _Visible = None,
+    cutout: Tensor | None = None,
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
 
@@ -2058,6 +2089,8 @@ def stylize(
     start: a picture to go on from, such as an earlier result, at its size and up.
     visible: white where a painting counts, one for each: its style and its colours are taken from
         there alone. ``load_painting`` makes one for a painting with transparent parts.
+    cutout: white where the photo is visible; the rest counts nowhere. ``load_painting`` makes one
+        of a photo with transparent parts too.
 
     In a long run, keep ``step.image`` and not the steps. Raises ``ValueError`` before the first
     step for invalid input. If something goes wrong later, a ``StyleTransferWarning`` says how the
@@ -2071,7 +2104,9 @@ def stylize(
             print(f"{step.progress:.0%}")
         save_image(step)
     """
-    return _with_fallbacks(_plan(content, styles, config, network, masks, keep, start, visible))
+    options: dict[str, Any] = {"masks": masks, "visible": visible, "cutout": cutout}
+    options |= {"keep": keep, "start": start}
+    return _with_fallbacks(_plan(content, styles, config, network, **options))
 
 
 class Estimate(NamedTuple):
@@ -2095,8 +2130,8 @@ def estimate(
     """What ``stylize`` will take here, with the same arguments; raises what it would.
 
     ``seconds_per_pixel`` is known from an earlier estimate with this network; otherwise a few steps
-    at a small size are timed now, which takes about a second. ``options`` are masks, keep, start
-    and visible, as ``stylize`` takes them.
+    at a small size are timed now, which takes about a second. ``options`` are masks, keep, start,
+    visible and cutout, as ``stylize`` takes them.
     """
     job = _plan(content, styles, config, network, **options)
     if seconds_per_pixel is None:
