@@ -398,7 +398,7 @@ def test_a_painting_of_one_colour_is_painted_in_half_precision(pair, shade):
     for step in nst.stylize(pair[0], torch.full_like(pair[1], shade), config):
         assert all(loss.isfinite() for loss in step.losses.values())
     assert step.job.notes == ()
-    assert mean_change(step.image, torch.full_like(step.image, shade)) < 0.05
+    assert mean_change(step.image, torch.full_like(step.image, shade)) < 0.1
 
 
 @pytest.mark.parametrize(
