@@ -93,6 +93,29 @@ def test_a_step_whose_gradient_overflows_in_float16_is_repeated(monkeypatch, hal
 
 
 @needs_half
+def test_the_gradient_is_smaller_for_20_steps_after_an_overflow(monkeypatch, half, pair):
+    sizes = []
+
+    def overflow_once(gradient):
+        sizes.append(gradient.abs().mean().item())
+        return gradient * math.inf if len(sizes) == 1 else gradient
+
+    def see(asked, look):
+        content, style = look(*asked)
+        if asked.is_canvas:
+            content["relu2_1"].register_hook(overflow_once)
+        return content, style
+
+    replace_looks(monkeypatch, see)
+    standing_still = {"learning_rate": 1e-7, "init": "noise"}
+    config = replace(SHALLOW, num_steps=25, scales=1, **standing_still)
+    photo, painting = (nst.shrink_to(picture, 24) for picture in pair)
+    last(nst.stylize(photo, painting, config, network=half))
+    expected = [1] + [1 / 8] * 20 + [1] * 5
+    assert [size / sizes[0] for size in sizes] == pytest.approx(expected, rel=0.05)
+
+
+@needs_half
 def test_when_the_factor_runs_out_a_run_goes_on_in_float32(monkeypatch, half, pair):
     def see(asked, look):
         seen = look(*asked)
