@@ -1762,8 +1762,28 @@ def _free_bytes(device: torch.device) -> float:
     return min(psutil.virtual_memory().available, _container_bytes(_CONTAINER))
 
 
-def _plan_strips(job: Job) -> Job:
+def _check_memory(job: Job) -> None:
+    """Linux lets a process claim more than there is, and then kills it without a word."""
+    finest = job.scales[-1]
+    free = _free_bytes(job.network.device)
+
+    def fits(long_side: int) -> bool:
+        factor = long_side / max(_size_of(job.content))
+        return _bytes_needed(job, _scaled(finest.size, factor), finest.strips) <= free
+
+    wanted = max(_size_of(job.content))
+    if not fits(wanted):
+        memory = f"the {free / 1e9:.1f} GB free on {job.network.device}"
+        largest = max(filter(fits, range(_SMALLEST_SIDE, wanted)), default=0)
+        if largest == 0:
+            raise ValueError(f"No picture fits into {memory}: close other programs.")
+        raise ValueError(f"max_size must be at most {largest} for {memory}, not {wanted}.")
+
+
+def _fit_into_memory(job: Job) -> Job:
     """The job with strips at the scales that ``config.checkpoint`` names, or that need them.
+
+    ``ValueError`` if even so it does not fit into the free memory.
 
     A CPU also computes the first block, which needs the most memory, in strips at a scale larger
     than the result, so that supersampling takes little more. A GPU, for which strips are many small
@@ -1784,25 +1804,9 @@ def _plan_strips(job: Job) -> Job:
             fitting = [n for n in choices if _bytes_needed(job, scale.size, n) <= half_of_free]
             strips = [*fitting, _ALL_BLOCKS][0]
         scales.append(replace(scale, strips=strips))
-    return replace(job, scales=scales)
-
-
-def _check_memory(job: Job) -> None:
-    """Linux lets a process claim more than there is, and then kills it without a word."""
-    finest = job.scales[-1]
-    free = _free_bytes(job.network.device)
-
-    def fits(long_side: int) -> bool:
-        factor = long_side / max(_size_of(job.content))
-        return _bytes_needed(job, _scaled(finest.size, factor), finest.strips) <= free
-
-    wanted = max(_size_of(job.content))
-    if not fits(wanted):
-        memory = f"the {free / 1e9:.1f} GB free on {job.network.device}"
-        largest = max(filter(fits, range(_SMALLEST_SIDE, wanted)), default=0)
-        if largest == 0:
-            raise ValueError(f"No picture fits into {memory}: close other programs.")
-        raise ValueError(f"max_size must be at most {largest} for {memory}, not {wanted}.")
+    planned = replace(job, scales=scales)
+    _check_memory(planned)
+    return planned
 
 
 def _keep_freed_memory(keep: bool) -> None:
@@ -1954,6 +1958,11 @@ def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
+def _numbered(name: str, images: Sequence[Any]) -> dict[str, Any]:
+    """The pictures by what errors call them."""
+    return {f"{name}[{number}]": image for number, image in enumerate(images)}
+
+
 def _check_image(name: str, image: object) -> None:
     """``ValueError`` unless ``image`` is a (1, 3, H, W) picture in [0, 1]."""
     if not isinstance(image, Tensor):
@@ -2034,13 +2043,11 @@ def _plan(
     _check_type("config", config, StyleTransferConfig, "StyleTransferConfig(...)")
     paintings, regions = _as_list(styles), _as_list(masks)
     shown = [] if visible is None else _as_list(visible)
-    named: dict[str, Any] = {"content": content, "keep": keep, "start": start, "cutout": cutout}
-    for name, images in (("styles", paintings), ("masks", regions), ("visible", shown)):
-        named |= {f"{name}[{number}]": image for number, image in enumerate(images)}
-    optional = {"keep", "start", "cutout", *(f"visible[{number}]" for number in range(len(shown)))}
-    for name, image in named.items():
-        if image is not None or name not in optional:
-            _check_image(name, image)
+    needed = {"content": content, **_numbered("styles", paintings), **_numbered("masks", regions)}
+    options = {"keep": keep, "start": start, "cutout": cutout, **_numbered("visible", shown)}
+    needed |= {name: image for name, image in options.items() if image is not None}
+    for name, image in needed.items():
+        _check_image(name, image)
     if network is None:
         network = load_network(config)  # hand-over to part III, which reads the weights
     _check_type("network", network, VGG19Features, "load_network(config)")
@@ -2059,9 +2066,7 @@ def _plan(
         start=None if start is None else start.float().to(device),
     )
     _check_job(job)
-    job = _plan_strips(job)
-    _check_memory(job)
-    return job
+    return _fit_into_memory(job)
 
 
 def stylize(

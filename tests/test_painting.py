@@ -35,8 +35,9 @@ GREY = torch.full((1, 3, 32, 48), 0.5)
     [
         ({"quality": "quick"}, [128, 256, 512], [40, 8, 4]),
         ({"quality": "normal"}, [160, 320, 640], [76, 16, 8]),
-        ({"quality": "best"}, [96, 192, 384, 768], [66, 14, 41, 35]),
-        ({"num_steps": 120}, [160, 320, 640], [76, 26, 18]),
+        ({"quality": "best"}, [96, 192, 384, 768, 768], [66, 14, 41, 28, 7]),
+        ({"num_steps": 101}, [160, 320, 640], [76, 17, 8]),
+        ({"num_steps": 120}, [160, 320, 640, 640], [76, 26, 10, 8]),
         ({"scales": 1}, [512], [100]),
     ],
 )
@@ -64,8 +65,7 @@ def test_a_plan_takes_all_steps_and_ends_at_the_finest_size(size, num_steps, sca
         assert scale.lr == pytest.approx(config.learning_rate * (1 + 0.8 * finer_scales))
         assert scale.steps >= 1
         assert min(scale.size) >= 16
-        is_finest = scale is plan[-1] and scale.size != plan[0].size
-        assert scale.is_shallow == (is_finest and num_steps <= 100)
+        assert scale.is_shallow == (scale is plan[-1] and scale.size != plan[0].size)
 
 
 def test_auto_quality_plans_what_a_run_takes(monkeypatch):
