@@ -2385,6 +2385,7 @@ _DOWNLOAD_SECONDS = 120
 _STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
 _HEAD_BYTES = 2**16  # where a file says what it is
+_LEAST_CONTRAST = 0.04  # of the range of 1: less is one colour
 _QUOTED_LETTERS = 200  # of a name or an error, in an error
 _TEXT_BYTES = 2**27  # of a PNG's texts and profile: a workflow, of which Pillow would refuse 1 MB
 _PNG_LOCK = Lock()  # two threads that change and restore Pillow's limits would mix them up
@@ -2521,21 +2522,17 @@ def _open_file(source: Any) -> IO[bytes]:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     """The picture in an array; ``ValueError`` if it holds none."""
-    is_float = array.dtype.kind == "f"
     grey = array[:, :, 0] if array.shape[2:] == (1,) else array
-    fits = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
-    fits = fits and grey.size > 0 and (is_float or array.dtype in (np.uint8, np.bool_))
-    if not fits or (is_float and not ((array >= 0) & (array <= 1)).all()):
-        limits = f", from {array.min():g} to {array.max():g}" if fits else ""
-        allowed = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or floating-point"
+    is_picture = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
+    is_float = array.dtype.kind == "f"
+    is_bounded = not is_float or ((array >= 0) & (array <= 1)).all()
+    if not is_picture or not is_bounded or not (is_float or array.dtype in (np.uint8, np.bool_)):
+        allowed = "of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or numbers"
+        limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
         given = f"{array.shape} {array.dtype}{limits}"
-        raise ValueError(f"an array must be {allowed} numbers from 0 to 1, not {given}.")
-    if array.dtype == np.uint8:
-        return Image.fromarray(grey)
-    return Image.fromarray((grey * 255.0).round().astype(np.uint8))
-
-
-# From a file to an upright picture in sRGB
+        raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
+    levels = grey if array.dtype == np.uint8 else (grey * 255.0).round()
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:
@@ -2676,63 +2673,53 @@ def _seek_largest_page(tiff: Image.Image) -> None:
 
 def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
     """A camera's raw file, developed with the white balance of the camera."""
-    advice = "export it as JPEG or TIFF first"
     try:
         import rawpy
     except ImportError:
-        problem = f"{name} is a raw file: {advice}, or run 'pip install rawpy'"
-        raise _PictureError(f"{problem}.") from None
+        advice = "run 'pip install rawpy', or export it as JPEG or TIFF"
+        raise _PictureError(f"{name} is a raw file: to read it, {advice}.") from None
     file.seek(0)
-    try:
-        with rawpy.imread(file) as raw:
-            width, height = raw.sizes.width, raw.sizes.height
-            is_halved = max(width, height) >= 2 * max_size  # four times as fast
-            _refuse_large(*(side // (1 + is_halved) for side in (width, height)))
-            return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=is_halved))
-    except rawpy.LibRawError as error:
-        problem = f"{name} is damaged or not a known raw file: {advice}"
-        raise _PictureError(f"{problem} ({error}).") from error
+    with rawpy.imread(file) as raw:
+        size = raw.sizes.width, raw.sizes.height
+        _refuse_large(*size)
+        is_halved = max(size) >= 2 * max_size  # in a quarter of the time
+        return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=is_halved))
 
 
 def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
-    """A TIFF that Pillow does not read, such as one with 32 bits per sample."""
-    advice = "save it with 8 or 16 bits per sample"
+    """A TIFF that Pillow does not read: with 32 bits per sample, or of a sensor."""
     try:
         import tifffile
     except ImportError:
-        problem = f"{name} is an unusual TIFF: {advice}, or run 'pip install tifffile'"
-        raise _PictureError(f"{problem}.") from None
-    file.seek(0)
+        advice = "run 'pip install tifffile', or save it with 8 or 16 bits per sample"
+        raise _PictureError(f"{name} is an unusual TIFF: to read it, {advice}.") from None
     with tifffile.TiffFile(file) as tiff:
         pages: Any = tiff.pages
         page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
         _refuse_large(page.imagewidth, page.imagelength)
         if page.photometric in _SENSOR_COLORS:
             return _read_raw(file, max_size, name)
-        if page.photometric not in _PLAIN_COLORS:
-            raise _PictureError(f"{name} is a TIFF in {page.photometric.name}: {advice}.")
-        array, tags = page.asarray(), page.tags
-    if "S" in page.axes:
-        array = np.moveaxis(array, page.axes.index("S"), -1)
-        array = array[..., : 3 if page.samplesperpixel >= 3 else 1]  # no alpha
+        if page.photometric not in _PLAIN_COLORS or page.samplesperpixel > 4:
+            raise ValueError(f"it has {page.samplesperpixel} samples of {page.photometric!r}")
+        array = page.asarray()
+    if "S" in page.axes:  # samples: the colours, and perhaps an alpha
+        array = np.moveaxis(array, page.axes.index("S"), -1)[..., :3]
     numbers = np.nan_to_num(array.astype(np.float32))
     picture = _from_array((numbers / _find_white(numbers.max())).clip(0, 1))
-    picture.info["icc_profile"] = tags.valueof("InterColorProfile")
-    picture.getexif()[ExifTags.Base.Orientation] = tags.valueof("Orientation", 1)
-    return picture
+    picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
+    picture.getexif()[ExifTags.Base.Orientation] = page.tags.valueof("Orientation", 1)
+    return _turn_upright(picture)
 
 
 def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
     """A file that Pillow does not know, or a sentence that says what it is."""
     if head.startswith(_TIFF_STARTS):
-        with contextlib.suppress(Exception):  # it is no raw file, or it cannot be read
-            return _read_raw(file, max_size, name)
+        file.seek(0)
         return _read_wide_tiff(file, max_size, name)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        if pillow_heif is None:
-            advice = "run 'pip install pillow-heif', or export it as JPEG"
-            raise _PictureError(f"{name} is HEIC: to read it, {advice}.")
-        raise _PictureError(f"{name} is HEIC, but damaged or cut off.")
+        advice = "to read it, run 'pip install pillow-heif', or export it as JPEG"
+        problem = "HEIC, but damaged or cut off" if pillow_heif else f"HEIC: {advice}"
+        raise _PictureError(f"{name} is {problem}.")
     problem = "a web page, not a picture" if _WEB_PAGE.search(head) else "not"
     raise _PictureError(f"{name} is {problem} in a supported format ({', '.join(_formats())}).")
 
@@ -2749,7 +2736,6 @@ def _large_texts() -> Iterator[None]:
             PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
 
 
-@_large_texts()
 def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     """A picture file in RGB or RGBA; errors as those of Pillow."""
     head = file.read(_HEAD_BYTES)
@@ -2785,7 +2771,7 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
         if file is None:
             _refuse_large(*picture.size)
             return _first_to_show(picture.copy(), name)
-        with file:
+        with file, _large_texts():
             return _read(file, max_size, name)
     except (MemoryError, StyleTransferWarning):
         raise
@@ -2798,9 +2784,6 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         reason = _brief(error)
         raise ValueError(f"{name} is damaged, cut off, or cannot be read ({reason}).") from error
-
-
-# What the rest of the module is given
 
 
 def _spread_colors(colors: Tensor, alpha: Tensor) -> Tensor:
@@ -2829,17 +2812,35 @@ def _to_tensor(picture: Image.Image, name: str, max_size: int, upscale: bool = F
     return (torchvision.transforms.functional.pil_to_tensor(resized).float() / 255)[None]
 
 
-def _load(
-    source: _Source, max_size: int, upscale: bool, device: str | torch.device
+def load_painting(
+    source: _Source,
+    max_size: int = StyleTransferConfig.max_size,
+    *,
+    upscale: bool = False,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor | None]:
-    """A picture, and where it is visible, both (1, 3, H, W); ``None`` is everywhere."""
+    """Read a painting, and where it is visible, for ``stylize(..., visible=...)``.
+
+    Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
+    painting is opaque, or ``None`` if it is so everywhere.
+
+    Example::
+
+        painting, visible = load_painting("cut_out.png")
+        steps = stylize(photo, painting, visible=visible)
+    """
     device = _pick_device(str(device).removesuffix(":0"))
-    pixels = _to_tensor(_open_picture(source, max_size), _name_of(source), max_size, upscale)
+    picture = _open_picture(source, max_size)
+    pixels = _to_tensor(picture, _name_of(source), max_size, upscale)
     image, alpha = pixels[:, :3], pixels[:, 3:]
-    if len(alpha[0]) == 0 or alpha.min() == 1:
+    if picture.mode == "RGB" or alpha.min() == 1:
         return image.to(device), None
-    image = _spread_colors(image * alpha, alpha).clamp(0, 1)  # against rounding
-    return image.to(device), alpha.expand(1, 3, -1, -1).to(device)
+    filled = _spread_colors(image * alpha, alpha)
+    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < _LEAST_CONTRAST:
+        # A drawing in one colour: its shape is the picture.
+        filled = (filled.mean() < 0.5).float().lerp(filled, alpha)
+    levels = (255 * filled).round()  # as in any picture
+    return levels.div(255).to(device), alpha.expand(1, 3, -1, -1).to(device)
 
 
 def load_image(
@@ -2863,27 +2864,8 @@ def load_image(
     for more than 89 million pixels, or 300 million in a JPEG. A ``StyleTransferWarning`` says what
     was ignored.
     """
-    image, _ = _load(source, max_size, upscale, device)
+    image, _ = load_painting(source, max_size, upscale=upscale, device=device)
     return image
-
-
-def load_painting(
-    source: _Source,
-    max_size: int = StyleTransferConfig.max_size,
-    *,
-    device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor | None]:
-    """Read a painting, and where it is visible, for ``stylize(..., visible=...)``.
-
-    Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
-    painting is opaque, or ``None`` if it is so everywhere.
-
-    Example::
-
-        painting, visible = load_painting("cut_out.png")
-        steps = stylize(photo, painting, visible=visible)
-    """
-    return _load(source, max_size, False, device)
 
 
 def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Tensor:
