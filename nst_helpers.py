@@ -2175,6 +2175,9 @@ def _measure_seconds_per_pixel(job: Job) -> float:
 # The public entry ---------------------------------------------------------------------------------
 
 
+_ASPECT_CHANGE = 0.02  # of the aspect of a mask: more is no rounding
+
+
 def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
@@ -2220,6 +2223,20 @@ def _check_mask(name: str, mask: Tensor, job: Job) -> None:
         raise ValueError(f"{name} must be {needed}, for {deepest} to see it, not {given}.")
 
 
+def _warn_of_aspect(name: str, mask: Tensor, content: Tensor) -> None:
+    """Say if a mask is stretched to the photo's size: it may be of another photo, or turned."""
+    (height, width), (rows, columns) = _size_of(mask), _size_of(content)
+    rounding = 1 / min(height, width, rows, columns)  # half a pixel in each picture
+
+    def fits(height: int, width: int) -> bool:
+        return abs(math.log(height * columns / (width * rows))) < _ASPECT_CHANGE + rounding
+
+    if not fits(height, width):
+        problem = f"{name} is {width} x {height} pixels, and the photo {columns} x {rows}"
+        advice = "turn it as the photo is" if fits(width, height) else "it is stretched"
+        _warn(f"{problem}: {advice}.")
+
+
 def _check_job(job: _OptionsJob) -> None:
     """``ValueError`` for pictures and settings that do not go together."""
     count, blend = len(job.styles), job.config.style_blend
@@ -2238,6 +2255,9 @@ def _check_job(job: _OptionsJob) -> None:
             raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
     for number, mask in enumerate(job.masks):
         _check_mask(f"masks[{number}]", mask, job)
+        _warn_of_aspect(f"masks[{number}]", mask, job.content)
+    if job.keep is not None:
+        _warn_of_aspect("keep", job.keep, job.content)
 
 
 _Visible = Tensor | Sequence[Tensor | None] | None  # one for each painting
@@ -3001,7 +3021,7 @@ def _alpha_of(photo: _Source) -> Image.Image | None:
     sha256 = _sha256_of(photo)
     if sha256 is not None and sha256 in _ALPHA:
         return _ALPHA[sha256]
-    picture = _open_picture(photo)
+    picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
     alpha = picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
     _ALPHA.clear()
     if sha256 is not None:
@@ -3446,6 +3466,7 @@ def _torchvision_weights(layers: Collection[str]) -> Weights:
     sha256 = pooch.file_hash(path) if path.is_file() else ""
     if not sha256.startswith(checksum):
         bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=_STALL_SECONDS)
+        pooch.get_logger().setLevel("WARNING")  # otherwise it gives advice on hashes
         try:
             path.unlink(missing_ok=True)  # pooch would take a damaged file as it is
             pooch.retrieve(_TORCHVISION_URL, None, path.name, path.parent, downloader=bar)

@@ -17,7 +17,7 @@ import pillow_heif
 import pytest
 import tifffile
 import torch
-from conftest import IMAGES, assert_close, fail
+from conftest import IMAGES, SHALLOW, assert_close, fail, half_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, TiffImagePlugin, features
@@ -558,6 +558,30 @@ def test_a_painting_comes_with_where_it_is_visible():
     opaque, everywhere = nst.load_painting(four_corners())
     assert everywhere is None
     assert torch.equal(opaque, nst.load_image(four_corners()))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((48, 64), ()),
+        ((96, 128), ()),
+        ((97, 128), ()),  # rounded
+        ((50, 64), ("64 x 50", "64 x 48", "stretched")),
+        ((64, 64), ("64 x 64", "64 x 48", "stretched")),
+        ((128, 96), ("96 x 128", "64 x 48", "turn")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["masks", "keep"])
+def test_a_mask_of_another_aspect_is_warned_of_with_both_sizes(shallow, kind, size, words):
+    photo = nst.load_image(four_corners())
+    mask = half_mask(size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = {kind: [mask] if kind == "masks" else mask}
+        next(nst.stylize(photo, photo, SHALLOW, network=shallow, **given))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == bool(words)
+    assert all(word in messages[0] for word in words)
 
 
 # Raw files and unusual TIFFs ----------------------------------------------------------------------
