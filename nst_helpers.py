@@ -2229,7 +2229,8 @@ def _warn_of_aspect(name: str, mask: Tensor, content: Tensor) -> None:
     rounding = 1 / min(height, width, rows, columns)  # half a pixel in each picture
 
     def fits(height: int, width: int) -> bool:
-        return abs(math.log(height * columns / (width * rows))) < _ASPECT_CHANGE + rounding
+        change = abs(math.log(height * columns / (width * rows)))
+        return change < max(_ASPECT_CHANGE, rounding)
 
     if not fits(height, width):
         problem = f"{name} is {width} x {height} pixels, and the photo {columns} x {rows}"
