@@ -2556,14 +2556,6 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    """The picture itself, upright, with its pixels read, so that damage shows now."""
-    picture.load()
-    with contextlib.suppress(Exception):  # on odd EXIF tags, after it has already been turned
-        ImageOps.exif_transpose(picture, in_place=True)
-    return picture
-
-
 def _find_white(brightest: float) -> float:
     """The smallest of 1, 255 and 65535 that no pixel exceeds: a file does not say what white is."""
     return next((white for white in (1, 255, 65535) if brightest <= white), brightest)
@@ -2586,34 +2578,32 @@ def _light_to_srgb(rgb: Image.Image) -> Image.Image:
 
 
 def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb`` in sRGB by the profile of ``picture``; ``ValueError`` if that does not fit."""
-    profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
-    space = profile.profile.xcolor_space.strip()
+    """``rgb``, in RGB or RGBA, in sRGB by the profile of ``picture``; an error if that is unfit."""
     is_grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith(("I", "F"))
-    own = "CMYK" if picture.mode == "CMYK" else "GRAY" if is_grey else "RGB"
-    if space != own:
-        raise ValueError(f"it is for {space}, and the picture is {own}")
-    colors = picture if own == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-    srgb = ImageCms.createProfile("sRGB")
+    colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+    profile, srgb = io.BytesIO(picture.info["icc_profile"]), ImageCms.createProfile("sRGB")
     converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
     return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
 
-def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
-    """A picture of any mode in RGB, or in RGBA if something is transparent."""
+def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
+    """The picture in RGB, or in RGBA if something is transparent; it may change in its place."""
+    picture.load()  # so that damage shows now
+    with contextlib.suppress(Exception):  # on odd EXIF tags, after it has already been turned
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow converts La to
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _reduce_to_8_bits(picture)
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
     if picture.mode == "LAB":
         return rgb
     if not picture.info.get("icc_profile"):
-        is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
         return _light_to_srgb(rgb) if is_linear else rgb
     try:
         return _apply_profile(picture, rgb)
-    except (ImageCms.PyCMSError, ValueError) as error:
+    except ImageCms.PyCMSError as error:
         problem = f"The colour profile of {name} is not used, so its colours may be off: {error}"
         _warn(problem)
         return rgb
@@ -2633,12 +2623,12 @@ def _shows_nothing(picture: Image.Image) -> bool:
 def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     """The first frame, or the first that shows something; a transparent one without its alpha."""
     if opened.format == "JPEG":  # one frame without alpha; a copy would take time
-        return _to_srgb(_turn_upright(opened), name)
-    picture = first = _to_srgb(_turn_upright(opened.copy()), name)
+        return _upright_in_srgb(opened, name)
+    picture = first = _upright_in_srgb(opened.copy(), name)
     with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
         while _shows_nothing(picture):
             opened.seek(opened.tell() + 1)
-            picture = _to_srgb(_turn_upright(opened.copy()), name)
+            picture = _upright_in_srgb(opened.copy(), name)
         return picture
     if _alpha_range(first) != (0, 0):
         return first
@@ -2692,6 +2682,13 @@ def _seek_largest_page(tiff: Image.Image) -> None:
     tiff.seek(max(pixels, key=lambda number: pixels[number]))
 
 
+def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
+    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
+
+
 def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
     """A camera's raw file, developed with the white balance of the camera."""
     try:
@@ -2728,8 +2725,9 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     numbers = np.nan_to_num(array.astype(np.float32))
     picture = _from_array((numbers / _find_white(numbers.max())).clip(0, 1))
     picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
-    picture.getexif()[ExifTags.Base.Orientation] = page.tags.valueof("Orientation", 1)
-    return _turn_upright(picture)
+    orientation = page.tags.valueof("Orientation", 1)
+    picture.info["exif"] = _exif_bytes({ExifTags.Base.Orientation: orientation})
+    return picture
 
 
 def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
@@ -2918,13 +2916,15 @@ _FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 _LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
 _DPI = _Rule("a number from 1 to 65,535", lambda value: _is_number(value, 1, 65_535))
+_NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # on one system or the other
 _FILE_NAME = _Rule(
     'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first',
     lambda value: (
         isinstance(value, str)
-        and re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f.][^/\\:*?"<>|\x00-\x1f]*', value) is not None
-        and len(os.fsencode(value)) <= 200
-    ),  # a system allows 255, and the time takes some
+        and 0 < len(os.fsencode(value)) <= 200  # a system allows 255, and the time takes some
+        and value[0] != "."
+        and _NOT_IN_NAMES.search(value) is None
+    ),
 )
 # Without one, wide displays show a picture washed out or too strong.
 _SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -3046,13 +3046,6 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
     return white
 
 
-def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
-    exif = Image.Exif()
-    exif.update(tags)
-    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
-    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
-
-
 def _photo_tags(photo: _Source) -> dict[int, Any]:
     """The EXIF tags of a photo that say when, where and with which camera it was taken."""
     try:
@@ -3169,7 +3162,9 @@ def _folder_of(folder: str | os.PathLike) -> Path:
         raise ValueError(f"folder must be a folder, not an address, '{_brief(place)}'.")
     drive = _DRIVE.match(Path(place).absolute().as_posix())
     if drive is not None and not os.path.ismount(drive[1]):
-        raise OSError(f"'{folder}' is in Google Drive: mount Drive first, or results will be lost.")
+        raise OSError(
+            f"'{_brief(place)}' is in Google Drive: mount Drive first, or results will be lost."
+        )
     return Path(place)
 
 
@@ -3223,7 +3218,7 @@ def _write_new_file(
         return path
     except OSError as error:
         reason = _brief(error.strerror or error)
-        raise OSError(f"The folder '{folder}' cannot be written to ({reason}).") from error
+        raise OSError(f"The folder '{_brief(place)}' cannot be written to ({reason}).") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()  # fails if all went well: the draft has its new name then
@@ -3961,7 +3956,7 @@ def paint_folder(
         if isinstance(outcome, Exception):
             problems.append(f"{path.name}: {outcome}")
         else:
-            name = path.stem[:_LONGEST_NAME]
+            name = _NOT_IN_NAMES.sub("_", path.stem[:_LONGEST_NAME]).lstrip(".")
             files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
     painted = {path: file for path, file in files.items() if file is not None}
     if painted:
