@@ -2414,6 +2414,7 @@ _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
 _PLAIN_COLORS = (1, 2)  # TIFF's numbers of greys, of which 0 is black, and of RGB
 _SENSOR_COLORS = (32803, 34892)
+_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _WEB_PAGE = re.compile(rb"<(!doctype html|html|head|body|meta|div|p|h1)\b", re.IGNORECASE)
 # A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
@@ -2457,7 +2458,7 @@ def _as_on_disk(path: str) -> str:
 def _place_of(source: str | os.PathLike) -> str:
     """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
     text = os.fspath(source)
-    plain = text.strip(_WRAPPING)
+    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(_WRAPPING))  # a Path eats a slash
     if plain.lower().startswith("file:"):
         kept = plain.replace("#", "%23").replace("?", "%3F")  # they belong to the name here
         _, host, path, *_ = urllib.parse.urlsplit(kept)
@@ -3067,15 +3068,6 @@ def _photo_tags(photo: _Source) -> dict[int, Any]:
         return {}
 
 
-def _record_text(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> str:
-    text = json.dumps(_make_record(step, photo, paintings))  # ASCII
-    if len(text) <= _RECORD_LIMIT:
-        return text
-    problem = f"The picture is saved without its settings: they take over {_RECORD_LIMIT:,} bytes."
-    _warn(problem)
-    return ""
-
-
 def _save_options(
     format: str, text: str, tags: dict[int, Any], dpi: float | None
 ) -> dict[str, Any]:
@@ -3132,7 +3124,8 @@ def _encode(
             problem = f"The picture is saved without the photo's transparency, if any: {error}"
             _warn(problem)
         tags = _photo_tags(photo) if keep_exif else {}
-    text = _record_text(picture, photo, paintings) if isinstance(picture, Step) else ""
+    record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
+    text = json.dumps(record) if record else ""  # ASCII
     file = io.BytesIO()
     pil_picture.save(file, format, **_save_options(format, text, tags, dpi))
     return file.getvalue()
@@ -3265,11 +3258,9 @@ def save_image(
     _check_format(format, dpi)
     if keep_exif and photo is None:
         raise ValueError("keep_exif must be False where no photo is given, not True.")
-    if (
-        Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-        and not Path(folder).is_dir()
-    ):
-        raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
+    place = Path(_place_of(folder))
+    if place.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not place.is_dir():
+        raise ValueError(f"folder must be a folder, not the name of a file, '{_brief(place)}'.")
     sources = _as_list(paintings)
     name = _result_name(photo, sources) if name is None else name
     _check("name", name, _FILE_NAME)
@@ -3835,7 +3826,11 @@ def _photos_in(photos: _Photos) -> list[Path]:
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
     known = Image.registered_extensions()
     extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
-    extensions |= {".heic", ".heif"}  # so that they are not passed over where they cannot be read
+    extensions |= {
+        ".heic",
+        ".heif",
+        *_RAW_EXTENSIONS,
+    }  # so that they are not passed over where they cannot be read
     return [
         path
         for path in sorted(folder.iterdir())
@@ -4284,7 +4279,8 @@ class Panel(widgets.HBox):
         """
         for which in self.sources:
             label = f"Your {which}\n"
-            upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=label)
+            accepted = ",".join(["image/*", ".heic", ".heif", *_RAW_EXTENSIONS])
+            upload = widgets.FileUpload(accept=accepted, description=label)
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]

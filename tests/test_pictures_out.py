@@ -389,13 +389,6 @@ def test_a_picture_is_saved_without_exif_that_cannot_be_kept(tmp_path, step, pho
     assert b"Maker" not in path.read_bytes()
 
 
-def test_too_long_a_record_is_left_out(tmp_path, step):
-    with pytest.warns(nst.StyleTransferWarning, match="settings"):
-        path = nst.save_image(step, tmp_path, paintings=[b""] * 1000, format="jpeg")
-    with pytest.raises(ValueError, match=path.name):
-        nst.read_record(path)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_resolution_is_written_in_dots_per_inch(tmp_path, step, format):
     with Image.open(nst.save_image(step, tmp_path, format=format, dpi=300)) as saved:
