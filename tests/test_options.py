@@ -173,7 +173,7 @@ def test_keep_may_have_another_size_and_counts_by_the_mean_of_its_channels(shall
     photo = pair[0]
     large = paint(*pair, shallow, keep=half_mask((86, 128)))
     assert torch.equal(large[..., :31], photo[..., :31])
-    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 21, 32)
     expected = photo / 3 + paint(*pair, shallow) * 2 / 3
     assert_close(paint(*pair, shallow, keep=red), expected, 1e-6)
 

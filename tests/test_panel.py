@@ -393,7 +393,7 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     panel.save_button.click()
     (second,) = set(tmp_path.iterdir()) - {first}
     assert second.read_bytes() == offered
-    assert record_in(second)["notes"] == ["strength 0.25"]
+    assert record_in(second)["strength"] == 0.25
     assert_offered(panel, second)
     panel.strength.value = 1
     assert_offered(panel, first)
@@ -428,7 +428,7 @@ def test_the_latest_result_is_offered_in_the_format_that_is_chosen(panel, tmp_pa
     panel.save_button.click()
     (blend,) = {*tmp_path.iterdir()} - {webp, jpeg}
     assert_offered(panel, blend)
-    assert nst.read_record(blend)["notes"] == ["strength 0.5"]
+    assert nst.read_record(blend)["strength"] == 0.5
 
 
 def test_a_transparent_result_is_shown_as_it_is_saved(panel, tmp_path):

@@ -1,22 +1,27 @@
 """Pictures in: every format, mode and orientation comes in right; damage is refused."""
 
+import base64
 import contextlib
 import functools
 import http.server
 import io
 import struct
+import sys
 import threading
+import unicodedata
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pillow_heif
 import pytest
+import tifffile
 import torch
-from conftest import IMAGES, assert_close, fail
+from conftest import IMAGES, SHALLOW, assert_close, fail, half_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, TiffImagePlugin, features
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, TiffImagePlugin, features
 
 import nst_helpers as nst
 
@@ -109,7 +114,7 @@ def expected_corners(mode: str) -> torch.Tensor:
     colors = torch.stack([RED, GREEN, BLUE, WHITE])
     if mode in ("L", "LA", "La", "I;16", "I", "F"):
         return (colors @ torch.tensor([0.299, 0.587, 0.114]))[:, None].expand(4, 3)
-    return torch.stack([WHITE, GREEN, BLUE, WHITE]) if mode == "PA" else colors
+    return colors
 
 
 # Formats, modes, orientations ---------------------------------------------------------------------
@@ -124,7 +129,9 @@ def test_every_format_and_mode_comes_in_with_its_colours(kind, mode):
         assert set(image.unique().tolist()) == {0, 1}
         assert (corners(image)[3] == 1).all()
     else:
-        assert_close(corners(image), expected_corners(mode), atol=0.1)
+        hidden = [0] if mode == "PA" else []  # red, which is filled with what is around it
+        shown = [number for number in range(4) if number not in hidden]
+        assert_close(corners(image)[shown], expected_corners(mode)[shown], atol=0.1)
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "La", "RGBa"])
@@ -172,10 +179,45 @@ def test_more_than_8_bits_are_scaled_and_not_cut_off(mode):
     assert_close(nst.load_image(picture), expected, atol=1 / 500)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_a_transparent_picture_is_put_on_white(mode):
-    half_black = Image.new("RGBA", (20, 20), (0, 0, 0, 128)).convert(mode)
-    assert nst.load_image(half_black).mean() == pytest.approx(0.5, abs=0.01)
+def cut_out(hidden: str, size: tuple[int, int] = SIZE) -> Image.Image:
+    """Four corners, of which an ellipse in the middle is opaque, the rest of another colour."""
+    picture = Image.new("RGB", SIZE, hidden)
+    shape = Image.new("L", SIZE)
+    ImageDraw.Draw(shape).ellipse((12, 8, 51, 39), fill=255)
+    picture.paste(four_corners(), mask=shape)
+    picture.putalpha(shape)
+    return picture
+
+
+@pytest.mark.parametrize("max_size", [64, 32])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_what_is_hidden_counts_nowhere(kind, max_size):
+    """Not its colour, and not at the edges either: those of what is visible go on."""
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    images = []
+    for hidden in ("white", "black", "magenta"):
+        data = encoded(cut_out(hidden), kind, "RGBA", **options)
+        image, visible = nst.load_painting(data, max_size)
+        assert torch.equal(image, nst.load_image(data, max_size))
+        images.append(image)
+        inside = visible[0, 0] == 1
+        opaque = nst.load_image(four_corners(), max_size)
+        assert_close(image[0, :, inside], opaque[0, :, inside], atol=0.15)  # Lanczos sees less
+        hues = torch.stack([RED, GREEN, BLUE, WHITE])
+        assert_close(corners(image).round(), hues, atol=0)
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize(("color", "around"), [("black", 1), ("yellow", 0), ("white", 0)])
+def test_a_drawing_in_one_colour_keeps_its_shape(color, around):
+    shape = Image.new("L", SIZE)
+    shape.paste(255, (0, 0, 32, 48))
+    drawing = Image.new("RGB", SIZE, color)
+    drawing.putalpha(shape)
+    image = nst.load_image(drawing)
+    assert_close(image[..., :30], nst.load_image(Image.new("RGB", (30, 48), color)), atol=0)
+    assert (image[..., 34:] == around).all()
 
 
 def test_a_wholly_transparent_picture_shows_what_is_under_its_alpha():
@@ -235,6 +277,36 @@ def test_a_path_is_taken_as_people_paste_it(pasted, folder, tmp_path):
     torch.testing.assert_close(corners(image), expected_corners("RGB"))
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_found_however_its_letters_are_written(tmp_path, monkeypatch, form):
+    """A Mac writes é as two letters, in names of folders too."""
+    path = tmp_path / unicodedata.normalize("NFD", "été") / unicodedata.normalize("NFC", "café.png")
+    path.parent.mkdir()
+    four_corners().save(path)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        typed = f"{folder}/{unicodedata.normalize(form, 'été/café.png')}"
+        assert nst.load_image(typed).shape == (1, 3, 48, 64)
+
+
+@pytest.mark.parametrize(
+    ("pasted", "name"),
+    [
+        ("my%20photo%231.png", "my photo#1.png"),
+        ("50%20.png", "50%20.png"),  # that is its name
+        ("file://nas/photos/a.png", "nas/photos/a.png"),
+        ("file://{}/a%23b?.png", "a#b?.png"),
+        ("file://{}/a#b?.png", "a#b?.png"),
+    ],
+)
+def test_a_name_is_found_as_a_browser_writes_it(tmp_path, monkeypatch, pasted, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    four_corners().save(path)
+    monkeypatch.chdir(tmp_path)
+    assert nst.load_image(pasted.format(tmp_path)).shape == (1, 3, 48, 64)
+
+
 def test_a_path_may_begin_at_home_and_have_backslashes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -249,12 +321,12 @@ def test_a_path_may_begin_at_home_and_have_backslashes(tmp_path, monkeypatch):
         7,
         None,
         io.StringIO("text"),
-        np.zeros((20, 20), np.uint8),
+        np.zeros((20, 20, 2), np.uint8),
         np.zeros((20, 20, 3), np.int64),
         np.full((20, 20, 3), 2.0),
         np.full((20, 20, 3), np.nan),
     ],
-    ids=["number", "nothing", "text", "grey", "integers", "too bright", "NaN"],
+    ids=["number", "nothing", "text", "two channels", "integers", "too bright", "NaN"],
 )
 def test_other_sources_are_refused(source):
     with pytest.raises(ValueError, match="must be"):
@@ -279,9 +351,38 @@ def website(tmp_path):
 def test_an_address_is_downloaded(website, tmp_path):
     path = tmp_path / "my cät.png"
     four_corners().save(path)
-    image = nst.load_image(f" {website}/my cät.png\n")
-    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+    for pasted in (f" {website}/my cät.png\n", Path(f"{website}/my cät.png")):
+        image = nst.load_image(pasted)
+        torch.testing.assert_close(corners(image), expected_corners("RGB"))
     assert nst._sha256_of(f"{website}/my cät.png") == nst._sha256_of(path)
+
+
+def test_a_data_address_is_read(monkeypatch):
+    data = encoded(four_corners())
+    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    for pasted in (address, f' "{address}"\n', f"{address[:60]}\n{address[60:]}"):
+        torch.testing.assert_close(corners(nst.load_image(pasted)), expected_corners("RGB"))
+    with pytest.raises(ValueError, match="'data:image/png") as error:
+        nst.load_image("data:image/png;base64," + "A" * 300_000)
+    assert len(str(error.value)) < 400
+
+
+def test_no_error_quotes_more_than_200_letters(tmp_path):
+    long = "x" * 5000
+    for source in (f"https://127.0.0.1:9/{long}", f"data:{long}", f"ftp://{long}", tmp_path / long):
+        with pytest.raises((ValueError, OSError)) as error:
+            nst.load_image(source)
+        assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["<!DOCTYPE html><html><body>404</body></html>", "\n<!-- a --><HTML>", "<p>Not found</p>"],
+)
+def test_a_web_page_is_named_as_one(website, tmp_path, page):
+    (tmp_path / "cat.jpg").write_text(page)
+    with pytest.raises(ValueError, match=r"cat\.jpg' is a web page"):
+        nst.load_image(f"{website}/cat.jpg")
 
 
 def test_a_failed_download_is_a_connection_error(website, tmp_path, monkeypatch):
@@ -355,9 +456,9 @@ def test_a_profile_leaves_the_transparency_alone(kind, mode):
     if mode == "RGBA":
         picture = picture.convert("RGBA")
         picture.paste((0, 0, 0, 0), (0, 0, 32, 24))
-    image = nst.load_image(encoded(picture, kind, mode, icc_profile=swapped_profile()))
-    expected = torch.stack([WHITE, GREEN, RED, WHITE])
-    assert_close(corners(image), expected, atol=0.06)
+    image, visible = nst.load_painting(encoded(picture, kind, mode, icc_profile=swapped_profile()))
+    assert corners(visible)[:, 0].tolist() == [0, 1, 1, 1]
+    assert_close(corners(image)[1:], torch.stack([GREEN, RED, WHITE]), atol=0.06)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
@@ -419,7 +520,7 @@ def test_hdr_is_warned_of(kind, curve):
 # Cut-outs -----------------------------------------------------------------------------------------
 
 
-def cut_out() -> Image.Image:
+def half_hidden() -> Image.Image:
     """Four corners, of which the left half is opaque, the rest transparent green."""
     picture = four_corners().convert("RGBA")
     picture.paste((0, 255, 0, 0), (32, 0, 64, 48))
@@ -427,7 +528,7 @@ def cut_out() -> Image.Image:
 
 
 def test_a_mask_is_the_alpha_of_a_cut_out_or_the_luminance():
-    mask = nst.load_mask(cut_out())
+    mask = nst.load_mask(half_hidden())
     assert mask.shape == (1, 3, 48, 64)
     assert (mask[..., :32] == 1).all()
     assert (mask[..., 32:] == 0).all()
@@ -437,15 +538,52 @@ def test_a_mask_is_the_alpha_of_a_cut_out_or_the_luminance():
         nst.load_mask(Image.new("RGB", SIZE, "white"))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint16, np.float32, bool])
+def test_a_mask_of_zeros_and_ones_is_black_and_white(kind):
+    labels = np.zeros((48, 64), kind)
+    labels[:, :32] = 1
+    expected = nst.load_mask(half_hidden(), 32)
+    assert torch.equal(nst.load_mask(Image.fromarray(labels), 32), expected)
+    assert torch.equal(
+        nst.load_mask(encoded(Image.fromarray(labels.astype("uint8"))), 32), expected
+    )
+    if kind in (np.uint8, np.float32, bool):
+        for array in (labels, labels[:, :, None], np.stack([labels] * 3, 2)):
+            assert torch.equal(nst.load_mask(array, 32), expected)
+
+
 def test_a_painting_comes_with_where_it_is_visible():
-    painting, visible = nst.load_painting(cut_out())
-    assert torch.equal(visible, nst.load_mask(cut_out()))
+    painting, visible = nst.load_painting(half_hidden())
+    assert torch.equal(visible, nst.load_mask(half_hidden()))
     assert_close(corners(painting)[[0, 2]], torch.stack([RED, BLUE]), atol=0.01)
-    mean = torch.tensor([0.5, 0, 0.5]).expand(2, 3)  # of red and blue
-    assert_close(corners(painting)[[1, 3]], mean, atol=0.01)
+    assert (painting[:, 1] < 0.01).all()  # and nothing of the green that is hidden
     opaque, everywhere = nst.load_painting(four_corners())
     assert everywhere is None
     assert torch.equal(opaque, nst.load_image(four_corners()))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((48, 64), ()),
+        ((96, 128), ()),
+        ((97, 128), ()),  # rounded
+        ((50, 64), ("64 x 50", "64 x 48", "stretched")),
+        ((64, 64), ("64 x 64", "64 x 48", "stretched")),
+        ((128, 96), ("96 x 128", "64 x 48", "turn")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["masks", "keep"])
+def test_a_mask_of_another_aspect_is_warned_of_with_both_sizes(shallow, kind, size, words):
+    photo = nst.load_image(four_corners())
+    mask = half_mask(size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = {kind: [mask] if kind == "masks" else mask}
+        next(nst.stylize(photo, photo, SHALLOW, network=shallow, **given))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == bool(words)
+    assert all(word in messages[0] for word in words)
 
 
 # Raw files and unusual TIFFs ----------------------------------------------------------------------
@@ -460,8 +598,32 @@ def tiff(picture: Image.Image, **tags) -> bytes:
     return encoded(picture, "TIFF", tiffinfo=more)
 
 
+def dng(orientation: int = 1) -> bytes:
+    """The four corners as a sensor with a Bayer filter sees them, not developed."""
+    colors = np.asarray(four_corners()) / 255
+    if orientation in UNDO:
+        colors = np.asarray(four_corners().transpose(UNDO[orientation])) / 255
+    sensor = np.zeros(colors.shape[:2], np.uint16)
+    for y, x in np.ndindex(2, 2):
+        sensor[y::2, x::2] = 60_000 * colors[y::2, x::2, y + x]  # red, green and green, blue
+    from_xyz = (32405, -15371, -4985, -9693, 18760, 416, 556, -2040, 10572)  # to linear sRGB
+    tags = [
+        (50706, 1, 4, bytes([1, 4, 0, 0]), True),  # DNGVersion
+        (33421, 3, 2, (2, 2), True),  # CFARepeatPatternDim
+        (33422, 1, 4, bytes([0, 1, 1, 2]), True),  # CFAPattern
+        (50717, 3, 1, 60_000, True),  # WhiteLevel
+        (50721, 10, 9, tuple(n for value in from_xyz for n in (value, 10_000)), True),
+        (50728, 5, 3, (1, 1) * 3, True),  # AsShotNeutral
+        (274, 3, 1, orientation, True),
+    ]
+    file = io.BytesIO()
+    tifffile.imwrite(file, sensor, photometric=32803, extratags=tags)
+    return file.getvalue()
+
+
 RAW = {
-    "DNG": tiff(four_corners(), t50706=(1, b"\1\4\0\0")),
+    "DNG": dng(),
+    "DNG with a preview": tiff(four_corners(), t50706=(1, b"\1\4\0\0")),
     "NEF": tiff(four_corners(), t254=(4, 1), t330=(4, (8,))),
     "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff(four_corners())[12:],
     "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
@@ -469,10 +631,28 @@ RAW = {
 }
 
 
+@pytest.mark.parametrize("max_size", [64, 32])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_raw_file_is_developed_and_turned_upright(tmp_path, orientation, max_size):
+    path = tmp_path / "photo.dng"
+    path.write_bytes(dng(orientation))
+    for source in (path, path.read_bytes()):
+        image = nst.load_image(source, max_size)
+        assert image.shape == (1, 3, max_size * 3 // 4, max_size)
+        assert_close(corners(image), expected_corners("RGB"), atol=0.1)
+
+
 @pytest.mark.parametrize("data", RAW.values(), ids=RAW)
-def test_a_raw_file_is_refused_as_one(data):
-    with pytest.raises(ValueError, match="raw file: export it as JPEG or TIFF"):
+def test_a_raw_file_is_named_as_one_where_its_library_is_missing(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rawpy", None)
+    with pytest.raises(ValueError, match=r"raw file.*pip install rawpy"):
         nst.load_image(data)
+
+
+@pytest.mark.parametrize("kind", sorted(RAW.keys() - {"DNG"}))
+def test_a_damaged_raw_file_is_refused_and_not_read_by_its_preview(kind):
+    with pytest.raises(ValueError, match="the uploaded picture is damaged"):
+        nst.load_image(RAW[kind])
 
 
 @pytest.mark.parametrize("tags", [{"t254": (4, 1)}, {"t330": (4, (8,))}])
@@ -481,36 +661,47 @@ def test_an_ordinary_tiff_with_other_pages_is_read(tags):
     torch.testing.assert_close(corners(image), expected_corners("RGB"))
 
 
-def wide_tiff(array: np.ndarray, planar: int = 1, compression: int = 1) -> bytes:
-    """A TIFF of RGB in one strip, with the numbers of ``array``, (H, W, 3), as they are."""
-    kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
-    pixels = (array.transpose(2, 0, 1) if planar == 2 else array).tobytes()
-    height, width = array.shape[:2]
-    bits = 8 * array.dtype.itemsize
-    tags = {256: width, 257: height, 259: compression, 262: 2, 273: 8, 277: 3, 278: height}
-    tags |= {279: len(pixels), 284: planar}
-    end = 8 + len(pixels)
-    triples = {258: struct.pack("<3H", *[bits] * 3), 339: struct.pack("<3H", *[kind] * 3)}
-    where = {258: end, 339: end + 6}
-    entries = [struct.pack("<HHII", number, 4, 1, value) for number, value in tags.items()]
-    entries += [struct.pack("<HHII", number, 3, 3, where[number]) for number in triples]
-    entries.sort(key=lambda entry: struct.unpack("<H", entry[:2]))
-    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    return b"II*\0" + struct.pack("<I", end + 12) + pixels + b"".join(triples.values()) + directory
+def wide_tiff(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, photometric="rgb", **options)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("planar", [1, 2])
-@pytest.mark.parametrize(("dtype", "white"), [("<f4", 1), ("<u4", 65535), ("<f2", 1), ("<f8", 1)])
-def test_an_rgb_tiff_of_wide_numbers_is_read(dtype, white, planar):
-    array = (np.asarray(four_corners()) / 255 * white).astype(dtype)
-    image = nst.load_image(wide_tiff(array, planar))
-    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize(("dtype", "white"), [("<f4", 1), ("<u4", 65535), ("<f2", 1), (">f8", 1)])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_an_rgb_tiff_of_wide_numbers_is_read(dtype, white, planar, compression):
+    array = (np.asarray(four_corners().transpose(UNDO[3])) / 255 * white).astype(dtype)
+    array = array.transpose(2, 0, 1) if planar == "separate" else array
+    turned = {"extratags": [(274, 3, 1, 3, True)], "iccprofile": swapped_profile()}
+    image = nst.load_image(wide_tiff(array, planarconfig=planar, compression=compression, **turned))
+    assert_close(corners(image), torch.stack([BLUE, GREEN, RED, WHITE]), atol=0.06)
 
 
-def test_an_unusual_tiff_is_refused_with_what_is_unusual():
-    packed = wide_tiff(np.zeros((20, 20, 3), "<f4"), compression=8)
-    with pytest.raises(ValueError, match="TIFF with 3 samples of 32-bit floats"):
-        nst.load_image(packed)
+def test_a_wide_tiff_names_the_library_that_it_needs(monkeypatch):
+    data = wide_tiff(np.zeros((20, 20, 3), "<f4"))
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match=r"TIFF.*pip install tifffile"):
+        nst.load_image(data)
+
+
+def test_a_tiff_of_other_samples_is_refused_with_what_they_are():
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((20, 20, 4), "<f4"), photometric="separated")
+    with pytest.raises(ValueError, match=r"4 samples of .*SEPARATED"):
+        nst.load_image(file.getvalue())
+
+
+@pytest.mark.parametrize("kind", [1, 0])
+def test_of_a_tiff_with_a_preview_first_the_picture_is_read(kind):
+    """Whether its tag says so or not; a larger mask of transparency is no picture."""
+    small = Image.new("RGB", (16, 16), "magenta")
+    file = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(file, True) as writer:
+        for page, number in ((small, kind), (four_corners(), 0), (small.resize((80, 80)), 4)):
+            page.save(writer, "TIFF", tiffinfo={254: number})
+            writer.newFrame()
+    assert_close(corners(nst.load_image(file.getvalue())), expected_corners("RGB"), atol=0.01)
 
 
 # Damage -------------------------------------------------------------------------------------------
@@ -565,7 +756,7 @@ def test_random_bytes_are_a_picture_or_a_value_error(data):
 
 
 def test_a_missing_file_is_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+    with pytest.raises(FileNotFoundError, match=rf"nowhere\.png'.* '{tmp_path}'"):
         nst.load_image(tmp_path / "nowhere.png")
 
 
@@ -616,13 +807,23 @@ def test_other_files_are_refused_whatever_their_names_say(data, tmp_path, monkey
         nst.load_image(path)
 
 
-def test_a_png_with_large_texts_or_a_large_profile_is_read_without_them():
+def test_a_png_with_large_texts_or_a_large_profile_is_read_and_pillows_limits_stay():
+    before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     large = zlib.compress(bytes(2**21))
-    text, profile = chunk(b"zTXt", b"workflow\0\0" + large), chunk(b"iCCP", b"icc\0\0" + large)
-    for added in (text, profile, text + profile):
-        with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for added in (
+            chunk(b"zTXt", b"workflow\0\0" + large),
+            chunk(b"tEXt", b"workflow\0" + b"x" * 70_000_000),
+        ):
             image = nst.load_image(with_chunk(encoded(four_corners()), added))
-        torch.testing.assert_close(corners(image), expected_corners("RGB"))
+            torch.testing.assert_close(corners(image), expected_corners("RGB"))
+    with pytest.warns(nst.StyleTransferWarning, match="profile of the uploaded picture"):
+        nst.load_image(with_chunk(encoded(four_corners()), chunk(b"iCCP", b"icc\0\0" + large)))
+    with pytest.raises(ValueError, match="the uploaded picture"):
+        nst.load_image(encoded(four_corners())[:60])
+    now = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    assert now == before
 
 
 @pytest.mark.parametrize("size", [(12_000, 9_000), (9_000, 20_000)])  # 108 and 180 megapixels

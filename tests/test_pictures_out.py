@@ -1,12 +1,15 @@
 """Pictures out: saved whole or not at all, and a PNG that remembers how it was painted."""
 
+import errno
 import hashlib
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from conftest import IMAGES, NO_SPACE, ROOT, SHALLOW, encoded, fail, half_mask, last, record_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 import nst_helpers as nst
 
@@ -95,6 +98,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, metho
             with pytest.raises(OSError, match=NO_SPACE.strerror) as error:
                 write(folder)
         assert str(folder) in str(error.value)
+        assert write is nst.prepare_output_folder or error.value.step is step
         assert [path for path in tmp_path.rglob("*") if path != folder] == []
     assert nst.prepare_output_folder(folder) == folder
     assert list(folder.iterdir()) == []
@@ -108,14 +112,120 @@ def test_names_of_files_are_refused_as_pictures_and_as_folders(tmp_path, pair):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path):
-    monkeypatch.setattr(nst, "_DRIVE", str(tmp_path))
-    folder = tmp_path / "MyDrive" / "outputs"
-    with pytest.raises(OSError, match="outputs"):
-        nst.prepare_output_folder(folder)
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """A list that gets how long was waited for a lock, instead of the waiting."""
+    seconds: list[float] = []
+    monkeypatch.setattr(nst.time, "sleep", seconds.append)
+    return seconds
+
+
+def fail_at_first(monkeypatch, times: int, error: OSError) -> None:
+    """Let ``Path.replace`` fail so many times."""
+    move, failed = Path.replace, []
+
+    def replace_later(self, target):
+        if len(failed) < times:
+            failed.append(target)
+            raise error
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_later)
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("times", [1, 2, 99])
+def test_a_lock_loses_no_picture(monkeypatch, tmp_path, waits, times):
+    """Of an instant, as a virus scanner's, or one that stays."""
+    fail_at_first(monkeypatch, times, PermissionError(errno.EACCES, "Permission denied"))
+    path = nst.save_image(grey(7), tmp_path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.name == f"{NOW}.png"
+    assert torch.equal(nst.load_image(path), grey(7))
+    assert len(waits) == min(times, 3)
+    assert 0 < sum(waits) < 1
+
+
+@pytest.mark.usefixtures("one_second", "waits")
+def test_beside_a_file_that_stays_locked_the_picture_gets_another_name(monkeypatch, tmp_path):
+    locked = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "replace", fail(locked))
+    unlink = Path.unlink
+
+    def unlink_others(self, **options):
+        if self.name == f"{NOW}.png":
+            raise locked
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink_others)
+    path = nst.save_image(grey(7), tmp_path)
+    assert path.name == f"{NOW}_2.png"
+    assert torch.equal(nst.load_image(path), grey(7))
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("number", ["ENOSYS", "EPERM", "ENOTSUP"])
+def test_a_folder_that_cannot_rename_is_written_to(monkeypatch, tmp_path, waits, number):
+    fail_at_first(monkeypatch, 99, OSError(getattr(errno, number), "Not supported"))
+    assert nst.prepare_output_folder(tmp_path) == tmp_path
+    paths = [nst.save_image(grey(level), tmp_path) for level in (7, 8)]
+    assert [path.name for path in paths] == [f"{NOW}.png", f"{NOW}_2.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert torch.equal(nst.load_image(paths[1]), grey(8))
+    assert waits == []
+
+
+def test_a_full_disk_leaves_no_part_where_nothing_can_be_renamed(monkeypatch, tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) > 0:
+                super().write(data[:10])
+                raise NO_SPACE
+            return 0
+
+    fail_at_first(monkeypatch, 99, OSError(errno.ENOSYS, "Not supported"))
+    monkeypatch.setattr(Path, "open", lambda self, mode: Full(self, mode))
+    with pytest.raises(OSError, match=NO_SPACE.strerror):
+        nst.save_image(grey(7), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(nst.os.path, "ismount", lambda path: path == str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["~/my out", "'{}/my out'", "file://{}/my%20out", '"{}/my out" '])
+def test_a_folder_is_taken_as_people_paste_it(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder = given.format(tmp_path)
+    assert nst.prepare_output_folder(folder) == tmp_path / "my out"
+    assert nst.save_image(grey(7), folder).parent == tmp_path / "my out"
+    assert [*tmp_path.iterdir()] == [tmp_path / "my out"]
+
+
+@pytest.mark.parametrize(
+    "folder", ["drive/MyDrive/out", "gdrive/My Drive", "drive/Shareddrives/a", "{}/drive/MyDrive"]
+)
+def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path, folder):
+    monkeypatch.chdir(tmp_path)
+    folder = folder.format(tmp_path)
+    for write in (nst.prepare_output_folder, lambda folder: nst.save_image(grey(7), folder)):
+        with pytest.raises(OSError, match="mount"):
+            write(folder)
+    assert list(tmp_path.iterdir()) == []
+    mounts = (str(tmp_path / "drive"), str(tmp_path / "gdrive"))
+    monkeypatch.setattr(nst.os.path, "ismount", lambda path: str(path) in mounts)
     assert nst.prepare_output_folder(folder).is_dir()
+
+
+@pytest.mark.parametrize(
+    "folder", ["/content/drive", "/content/drive/x", "/content/gdrive/MyDrive"]
+)
+def test_colabs_drive_is_known_by_its_place(folder):
+    with pytest.raises(OSError, match="mount"):
+        nst.prepare_output_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["content/drive_results", "drive/results", "MyDrive"])
+def test_other_folders_are_not_taken_for_drive(tmp_path, name):
+    assert nst.prepare_output_folder(tmp_path / name) == tmp_path / name
 
 
 # Transparency -------------------------------------------------------------------------------------
@@ -145,6 +255,19 @@ def test_the_result_is_as_transparent_as_the_photo(tmp_path, kind):
         assert saved.size == (30, 20)
         assert [saved.getpixel((x, 10))[3] for x in (5, 25)] == [0, 255]
         assert torch.equal(nst.load_image(saved.convert("RGB")), image)  # the alpha alone is new
+
+
+def test_the_photo_is_decoded_once_for_many_saves(monkeypatch, tmp_path):
+    """Its transparency is asked for at each move of the panel's Strength."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(transparent_photo("colour"))
+    nst.save_image(grey(9), tmp_path, photo=path)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", fail(AssertionError("it was decoded")))
+        nst.save_image(grey(9), tmp_path, photo=path)
+    path.write_bytes(encoded(Image.new("RGB", (60, 40))))  # another one of this name
+    with Image.open(nst.save_image(grey(9), tmp_path, photo=path)) as saved:
+        assert saved.mode == "RGB"
 
 
 def test_a_picture_is_saved_even_if_its_photo_is_gone(tmp_path, step):
@@ -193,6 +316,18 @@ def test_every_format_holds_the_picture_and_its_settings(tmp_path, step, format)
     assert nst.read_settings(path) == nst.read_settings(png)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_says_that_it_is_srgb(tmp_path, step, format):
+    path = nst.save_image(step, tmp_path, format=format)
+    with Image.open(path) as saved:
+        profile = saved.info.get("icc_profile")
+        assert format != "png" or saved.info["srgb"] == 0
+    if format != "png":
+        assert len(profile) < 1000
+        opened = ImageCms.getOpenProfile(io.BytesIO(profile))
+        assert "sRGB" in ImageCms.getProfileDescription(opened)
+
+
 def test_a_jpeg_keeps_the_colour_of_every_pixel(tmp_path):
     path = nst.save_image(grey(128), tmp_path, format="jpeg")
     with Image.open(path) as saved:
@@ -226,6 +361,15 @@ def test_nothing_of_the_photos_exif_is_kept_unless_asked_for(tmp_path, step, for
         assert saved.getexif().get_ifd(GPS) == {}
 
 
+def test_exif_of_a_very_large_photo_is_kept(monkeypatch, tmp_path, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the photo has more than twice that
+        patch.setattr(nst, "_ALPHA", {})
+        path = nst.save_image(step, tmp_path, photo=photo_with_exif(), keep_exif=True)
+    with Image.open(path) as saved:
+        assert saved.getexif()[ExifTags.Base.Make] == "Maker"
+
+
 def test_exif_can_only_be_kept_where_there_is_a_photo(tmp_path, step):
     with pytest.raises(ValueError, match=r"keep_exif .*True"):
         nst.save_image(step, tmp_path, keep_exif=True)
@@ -243,13 +387,6 @@ def test_a_picture_is_saved_without_exif_that_cannot_be_kept(tmp_path, step, pho
         path = nst.save_image(step, tmp_path, photo=photo, format="jpeg", keep_exif=True)
     assert nst.read_record(path)["finished"]
     assert b"Maker" not in path.read_bytes()
-
-
-def test_too_long_a_record_is_left_out(tmp_path, step):
-    with pytest.warns(nst.StyleTransferWarning, match="settings"):
-        path = nst.save_image(step, tmp_path, paintings=[b""] * 1000, format="jpeg")
-    with pytest.raises(ValueError, match=path.name):
-        nst.read_record(path)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -315,12 +452,31 @@ def test_a_result_is_named_after_its_pictures(photo, paintings, beginning):
     assert f"{nst._result_name(photo, paintings)}_" == beginning
 
 
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", r"a\b", "a:b", "..", ".x", "", "x" * 300, "é" * 150, "a\nb", 7]
+)
+def test_a_name_that_is_no_files_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="name must be"):
+        nst.save_image(grey(9), tmp_path / "out", name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("one_second")
 def test_a_file_can_be_named(tmp_path):
     path = nst.save_image(grey(9), tmp_path, name="lion 100%d")
     assert path.name == "lion 100%d_20261122_101112.png"
     path = nst.save_image(grey(9), tmp_path, photo=SOURCES[0], paintings=SOURCES[1:2])
     assert path.name == f"{SOURCES[0].stem}_in_{SOURCES[1].stem}_20261122_101112.png"
+    long = nst.save_image(grey(9), tmp_path, name="x" * 200)
+    assert long.name == f"{'x' * 200}_20261122_101112.png"
+
+
+@pytest.mark.parametrize("one", [str(SOURCES[1]), SOURCES[1], SOURCES[1].read_bytes()])
+def test_one_painting_may_be_given_alone(tmp_path, step, one):
+    path = nst.save_image(step, tmp_path, photo=SOURCES[0], paintings=one)
+    assert record_in(path)["paintings"] == [sha256(SOURCES[1])]
+    is_named = not isinstance(one, bytes)
+    assert path.name.startswith("china_in_starry_night_" if is_named else "stylized_output_")
 
 
 # Timelapse ----------------------------------------------------------------------------------------
@@ -449,6 +605,8 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     record = record_in(path)
     assert record == nst.read_record(path) == nst.read_record(path.read_bytes())
     assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
+    assert record["settings"] | record["asked"] == {**record["settings"], "checkpoint": "auto"}
+    assert (record["strength"], record["strips"]) == (1, [0])
     assert record["photo"] == sha256(SOURCES[0])
     assert record["paintings"] == [sha256(SOURCES[1])]
     assert record["own_pictures"] == record["notes"] == []
@@ -467,6 +625,38 @@ def test_the_record_has_the_sha256_of_uploads_and_none_for_the_unknown(tmp_path,
     assert record["paintings"] == [None]
     record = record_in(nst.save_image(step, tmp_path))
     assert (record["photo"], record["paintings"]) == (None, [None])
+
+
+@pytest.mark.parametrize(
+    ("strips", "checkpoint"), [([5, 5], True), ([0, 0], False), ([0, 1], False), ([0, 5], "auto")]
+)
+def test_the_record_says_which_scales_ran_in_strips(tmp_path, step, strips, checkpoint):
+    scales = [replace(step.job.scales[0], strips=count) for count in strips]
+    path = nst.save_image(replace(step, job=replace(step.job, scales=scales)), tmp_path)
+    assert record_in(path)["strips"] == strips
+    assert nst.read_settings(path).checkpoint == checkpoint
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_settings_of_a_picture_that_is_blended_say_so(tmp_path, step, pair, format):
+    blended = nst.blend_with_photo(nst.blend_with_photo(step, pair[0], 0.5), pair[0], 0.6)
+    path = nst.save_image(blended, tmp_path, format=format)
+    assert nst.read_record(path)["strength"] == pytest.approx(0.3)
+    with pytest.warns(nst.StyleTransferWarning, match=r"blend_with_photo\(.*0\.3\)"):
+        nst.read_settings(path)
+
+
+def test_an_older_record_is_read_too(step):
+    settings = asdict(IN_A_RUN)
+    old = {"settings": settings, "asked": settings, "own_pictures": ["keep"]}
+    for notes, strength in (([], 1), (["strength 0.25"], 0.25)):
+        data = png_with(json.dumps({**old, "notes": notes}))
+        assert nst.read_record(data)["strength"] == strength
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert nst.read_settings(data) == IN_A_RUN
+        assert len(caught) == (1 if strength == 1 else 2)
+        assert "keep" in str(caught[0].message)
 
 
 def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
