@@ -82,9 +82,9 @@ def test_guides_are_the_masks_by_areas_with_a_mean_square_of_1(monkeypatch, vgg)
 
 def test_a_region_counts_by_its_area_and_its_weight(shallow, pictures):
     """In a photo of three equal thirds, with one painting, no region is further off by itself."""
-    photo = nst.resize(pictures["china"], (96, 64)).repeat(1, 1, 1, 3)
+    photo = nst.resize(pictures["china"], (64, 48)).repeat(1, 1, 1, 3)
     third = torch.zeros_like(photo)
-    third[..., 128:] = 1
+    third[..., 96:] = 1
 
     def style_loss_of(blend):
         config = replace(SHALLOW, num_steps=1, scales=1, color="content", style_blend=blend)
