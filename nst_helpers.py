@@ -3601,8 +3601,8 @@ def live_view() -> _Show:
 
 
 def _printable(text: str) -> str:
-    """The text with a ? for each letter that cannot be shown here, on an old console say."""
-    encoding = sys.stdout.encoding or "ascii"
+    """The text, with a ? for each letter that the console, or a page, cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     return text.encode(encoding, "replace").decode(encoding)
 
 
@@ -3802,7 +3802,7 @@ def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]
     problems = []
     with _make_bar(len(photos)) as bar:
         for number, photo in enumerate(photos):
-            name = _file_name_of(photo)
+            name = _file_name_of(photo) or str(photo)
             bar.set_description(_printable(f"{name}, {number + 1} of {len(photos)}"))
             try:
                 for step in paint(photo):

@@ -271,6 +271,9 @@ def test_an_old_console_is_written_what_it_can_show(monkeypatch, clock, shallow,
     text = console.getvalue().decode(encoding)
     assert text.startswith(" 50% |")
     assert "weights = ??.pth" in text
+    # A stream of a script's own, which writes to a log as well, may not say its encoding.
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=len, flush=bool))
+    assert len(nst.sweep(*pair, QUICK, shallow, weights=["é.pth"])) == 1
 
 
 @pytest.mark.parametrize(

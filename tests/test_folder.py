@@ -418,6 +418,11 @@ def test_a_list_may_hold_addresses(monkeypatch, photos, paint):
     assert list(files) == [address, photos / "a.png"]
     assert files[address].name.startswith("b_")
     assert {*fetched} == {address}
+    nameless = "https://example.org/?id=3"
+    assert paint([nameless])[nameless].is_file()
+    monkeypatch.setattr(nst, "_fetch", fail(ConnectionError("no network")))
+    with pytest.raises(RuntimeError, match=re.escape(f"{nameless}: no network")):
+        paint([nameless])
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
