@@ -104,9 +104,7 @@ __all__ = [
     "calculate_content_loss",
     "calculate_style_loss",
     "choose_pictures",
-    "close_up",
     "estimate",
-    "film_tag",
     "gram_matrix",
     "live_view",
     "load_image",
@@ -117,6 +115,7 @@ __all__ = [
     "offer_download",
     "paint",
     "paint_folder",
+    "picture_tag",
     "plan_scales",
     "plot_losses",
     "prepare_output_folder",
@@ -131,7 +130,6 @@ __all__ = [
     "style_statistics",
     "stylize",
     "sweep",
-    "sweep_control",
     "to_pil",
     "total_variation_loss",
     "watch",
@@ -3384,21 +3382,26 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str = "") -> str:
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
 
-def _picture_tag(
-    image: Tensor | Image.Image, alt: str, side: int = _VIEW_SIDE, style: str = ""
+def picture_tag(
+    picture: Tensor | Image.Image | Path, alt: str, side: int = _VIEW_SIDE, style: str = ""
 ) -> str:
-    """HTML for a small copy of a picture; its long side is ``side`` pixels on the page.
+    """HTML for a picture on a page; ``alt`` is read out to people who cannot see it.
 
-    It is a JPEG, or a WebP on a checkerboard if the picture is transparent.
+    It shows a small copy whose long side is ``side`` pixels on the page: a JPEG, or a WebP on a
+    checkerboard if the picture is transparent. A file, such as a film, is put there as it is.
+
+    Example: ``display(HTML(picture_tag(photo, "a cat on a chair")))``.
     """
-    picture = to_pil(image) if isinstance(image, Tensor) else image
-    picture.thumbnail((side, side))
+    if isinstance(picture, Path):
+        return _image_tag(picture.read_bytes(), picture.suffix[1:], alt, style)
+    small = to_pil(picture) if isinstance(picture, Tensor) else picture.copy()
+    small.thumbnail((side, side))
     kind = "jpeg"
-    if picture.mode == "RGBA":
+    if small.mode == "RGBA":
         kind, style = "webp", style + _CHECKERBOARD
     file = io.BytesIO()
-    picture.save(file, kind, quality=75)
-    width = side * picture.width // max(picture.size)
+    small.save(file, kind, quality=75)
+    width = side * small.width // max(small.size)
     return _image_tag(file.getvalue(), kind, alt, f"width: {width}px; {style}")
 
 
@@ -3409,46 +3412,27 @@ def _figure_tag(figure: plt.Figure) -> str:
     return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()))
 
 
-def film_tag(path: Path) -> str:
-    """HTML for the film that ``save_timelapse`` saved."""
-    return _image_tag(path.read_bytes(), "webp", "a film of the run, from coarse to fine")
-
-
 def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
     """HTML with the result over the photo, and a slider that uncovers the photo.
 
     It works without a kernel. ``side`` is the long side on the page, in pixels.
     """
     photo = resize(photo, _size_of(result))
-    below = _picture_tag(photo, "the photo", side, "display: block;")
+    below = picture_tag(photo, "the photo", side, "display: block;")
     clip = "position: absolute; left: 0; top: 0; clip-path: inset(0 0 0 50%);"
-    above = _picture_tag(result, "the result", side, clip)
+    above = picture_tag(result, "the result", side, clip)
     move = "this.previousSibling.style.clipPath = `inset(0 0 0 ${this.value}%)`"
     label = "how much of the photo is shown"
     slider = f'<input type="range" aria-label="{label}" oninput="{move}" style="width: 100%">'
     return f'<div style="position: relative; width: fit-content">{below}{above}{slider}</div>'
 
 
-def close_up(image: Tensor, side: int = 256) -> str:
-    """HTML with the middle ``side`` pixels at twice their size, to tell strokes from noise."""
-    top, left = (max(0, length - side) // 2 for length in _size_of(image))
-    piece = image[:, :, top : top + side, left : left + side]
-    style = "image-rendering: pixelated;"
-    return _picture_tag(piece, "a piece of the picture, enlarged", 2 * max(_size_of(piece)), style)
-
-
 # Live progress ------------------------------------------------------------------------------------
 
 _REFRESH_SECONDS = 1.0  # a live view is drawn no more often than this,
 _REFRESH_SHARE = 0.025  # and takes no larger a share of the time
+_BAR_STYLE = "display: block; width: 100%; max-width: 512px"
 _Show = Callable[[str, str], object]  # takes a page of HTML, and a line of text for the same
-
-
-def _progress_line(step: Step, seconds: float, ending: str) -> str:
-    height, width = _size_of(step.image)
-    form = "{percentage:3.0f}% |{bar:20}| {elapsed}, " + (ending or "{remaining} left")
-    line = tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
-    return f"{line}, {width} x {height} pixels"
 
 
 def _print_line(page: str, line: str) -> None:
@@ -3469,10 +3453,13 @@ def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
     due = 0.0  # when to draw again
     step = None
 
-    def draw(step: Step, ending: str = "") -> None:
-        line = _progress_line(step, time.monotonic() - began, ending)
-        below = f'<pre style="white-space: pre-wrap">{line}</pre>'
-        show(f"{_picture_tag(step.image, line)}{below}", line)
+    def draw(step: Step, ending: str = "{remaining} left") -> None:
+        form = "{percentage:3.0f}% | {elapsed}, " + ending
+        line = tqdm.format_meter(step.progress, 1, time.monotonic() - began, bar_format=form)
+        height, width = _size_of(step.image)
+        line += f", {width} x {height} pixels"
+        bar = f'<progress value="{step.progress}" style="{_BAR_STYLE}"></progress>'
+        show(f"{picture_tag(step.image, line)}{bar}<div>{line}</div>", line)
 
     try:
         for step in steps:
@@ -3502,36 +3489,16 @@ def live_view() -> _Show:
 
 # Sweeps -------------------------------------------------------------------------------------------
 
-_CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
-    "style_weight": (10, 100, 1000),
-    "content_weight": (0.5, 5, 50),
-    "detail": (0, 0.5, 1),
-    "color": ("style", "content", "luminance"),
-    "style_scale": (0.5, 1, 2),
-    "tv_weight": (0, 2, 200),
-    "init": ("content", "noise", "style"),
-    "optimizer": ("lbfgs", "adam"),
-    "num_steps": (10, 30, 100),
-    "pooling": ("max", "average"),
-}
+
+def _printable(text: str) -> str:
+    """The text, with a ? for each letter that the console, or a page, cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
-def _configs_of_sweep(
-    config: StyleTransferConfig, values: Mapping[str, Sequence[Any]]
-) -> dict[str, StyleTransferConfig]:
-    """{label: config} for every combination of the values."""
-    if len(values) not in (1, 2):
-        given = ", ".join(values) or "none"
-        raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
-    for name, tried in values.items():
-        if not isinstance(tried, (list, tuple)) or len(tried) == 0:
-            raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
-    configs = {}
-    for combination in itertools.product(*values.values()):
-        settings = dict(zip(values, combination, strict=True))
-        label = ", ".join(f"{name} = {value}" for name, value in settings.items())
-        configs[label] = replace(config, **settings)
-    return configs
+def _make_bar(runs: int) -> tqdm:
+    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form)
 
 
 def sweep(
@@ -3555,18 +3522,25 @@ def sweep(
     Example: ``sweep(photo, painting, config, style_weight=(10, 100, 1000))``.
     """
     _check_image("content", content)
-    begin = functools.partial(
-        stylize, network=network, masks=masks, keep=keep, start=start, visible=visible
-    )
+    if len(values) not in (1, 2):
+        given = ", ".join(values) or "none"
+        raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
+    for name, tried in values.items():
+        if not isinstance(tried, (list, tuple)) or len(tried) == 0:
+            raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
+    pictures: Any = {"masks": masks, "keep": keep, "start": start, "visible": visible}
     runs = {}
-    for label, tried in _configs_of_sweep(config, values).items():
-        runs[label] = begin(shrink_to(content, tried.max_size), styles, tried)
-    results: dict[str, Tensor] = {}
-    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    for combination in itertools.product(*values.values()):
+        settings = dict(zip(values, combination, strict=True))
+        label = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        changed = replace(config, **settings)
+        photo = shrink_to(content, changed.max_size)
+        runs[label] = stylize(photo, styles, changed, network=network, **pictures)
+    results = {}
     try:
-        with tqdm(total=len(runs), file=sys.stdout, leave=False, bar_format=form) as bar:
+        with _make_bar(len(runs)) as bar:
             for number, (label, steps) in enumerate(runs.items()):
-                bar.set_description(label)
+                bar.set_description(_printable(label))
                 for step in steps:
                     results[label] = step.image
                     bar.update(number + step.progress - bar.n)
@@ -3577,34 +3551,16 @@ def sweep(
     return results
 
 
-def sweep_control(
-    control: str,
-    content: Tensor,
-    style: Tensor,
-    config: StyleTransferConfig,
-    network: VGG19Features | None = None,
-    visible: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """A small, quick ``sweep`` of one setting, over values that show what it does.
-
-    Example: ``sweep_control("style_weight", photo, painting, config, network)``. ``ValueError``
-    for a setting that it has no values for.
-    """
-    _check("control", control, Literal[tuple(_CONTROL_VALUES)])
-    quick = replace(config, max_size=256, quality="quick", num_steps="auto")
-    values: dict[str, Any] = {control: _CONTROL_VALUES[control]}
-    network = None if control == "pooling" else network
-    return sweep(content, style, quick, network, visible=visible, **values)
-
-
 # Folders ------------------------------------------------------------------------------------------
 
 _OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
 _LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
+_LONGEST_LIST = 200  # characters of a list of names
 _SHEET_SIDE, _SHEET_LINE, _SHEET_GAP = 240, 20, 4  # pixels of a picture, its name and its margin
 _SHEET_LETTERS = 36  # of that name
+_SHEET_VIEW = 1024  # pixels of a contact sheet on the page
 
-_Photos = str | os.PathLike | Iterable[str | os.PathLike]
+_Photo = Path | str  # a str is an address
 
 
 def _remembered(path: Path) -> dict[str, Any] | None:
@@ -3615,78 +3571,89 @@ def _remembered(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _photos_in(photos: _Photos) -> list[Path]:
-    """A list of files as it is; of a folder, the pictures that are not hidden or painted here."""
+def _is_photo(path: Path) -> bool:
+    """Whether a file is a picture by its name, not hidden, and was not painted here."""
+    suffix, name = path.suffix.lower(), path.name
+    # HEIC and raw files are not passed over even where they cannot be read.
+    known = {".heic": "HEIF", ".heif": "HEIF", **Image.registered_extensions()}
+    is_picture = known.get(suffix) in _FORMATS or suffix in _RAW_EXTENSIONS
+    return is_picture and not name.startswith((".", *_OWN_NAMES)) and _remembered(path) is None
+
+
+def _find_photos(
+    photos: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool
+) -> dict[_Photo, Path]:
+    """{photo: the folder of its result, within the output folder}; see ``paint_folder``."""
+    found: dict[_Photo, Path] = {}
+    passed_over = []
     if not isinstance(photos, (str, os.PathLike)):
-        return [Path(path).expanduser() for path in photos]
-    folder = Path(photos).expanduser()
-    if not folder.is_dir():
+        for source in map(_place_of, photos):
+            found[source if _ADDRESS.match(source) else Path(source)] = Path()
+    elif not (root := Path(_place_of(photos))).is_dir():
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
-    known = Image.registered_extensions()
-    extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
-    extensions |= {
-        ".heic",
-        ".heif",
-        *_RAW_EXTENSIONS,
-    }  # so that they are not passed over where they cannot be read
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in extensions
-        and not path.name.startswith((".", *_OWN_NAMES))
-        and _remembered(path) is None
-    ]
+    else:
+        for folder, below, names in os.walk(root):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            place = Path(folder).relative_to(root)
+            pictures = filter(_is_photo, [Path(folder, name) for name in sorted(names)])
+            if recursive or place == Path():
+                found |= dict.fromkeys(pictures, place)
+            elif any(pictures):
+                passed_over.append(place.as_posix())
+    listed = textwrap.shorten(", ".join(passed_over), _LONGEST_LIST, placeholder=" …")
+    advice = f": recursive=True takes those in {listed} too" if passed_over else ""
+    if not found:
+        problem = f"photos must hold at least one picture, but {_shown(photos)} has none"
+        raise ValueError(f"{problem}{advice}.")
+    if passed_over:
+        _warn(f"The photos in subfolders are passed over{advice}.")
+    return found
 
 
-def _painted_before(
+def _stem_of(photo: _Photo) -> str:
+    """What the name of the photo's result begins with."""
+    return Path(_file_name_of(photo)).stem[:_LONGEST_NAME]
+
+
+def _find_results(
+    places: Mapping[_Photo, Path],
     folder: Path,
     painting: _Source,
     config: StyleTransferConfig,
     network: VGG19Features,
-    format: str,
-) -> dict[str, Path]:
-    """{SHA-256 of a photo: file} of the finished pictures of this painting with these settings."""
+) -> dict[_Photo, Path | None]:
+    """{photo: its finished picture}, of this painting and with these settings, if there is one."""
     asked = json.loads(json.dumps(_asked(config, network)))  # with lists for tuples
-    wanted = {
-        "paintings": [_sha256_of(painting) or "without a file"],
-        "finished": True,
-        "strength": 1,
-    }
-    files = {}
-    for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
-        record = _remembered(path) or {}
-        has_same = record.get("settings", {}) | record.get("asked", {}) == asked
-        has_own = record.get("own_pictures") not in ([], ["visible"])  # the painting's own
-        if wanted.items() <= record.items() and has_same and not has_own:
-            files[record["photo"]] = path
-    return files
+    wanted = {"paintings": [_sha256_of(painting) or "without a file"], "finished": True}
+    finished: dict[tuple[Path, str], list[Path]] = {}
+    for place in {*places.values()}:
+        for path in sorted((folder / place).glob("*")):
+            record = _remembered(path) if path.suffix[1:] in _EXTENSIONS.values() else None
+            if (
+                record is not None
+                and wanted.items() <= record.items()
+                and asked == record["settings"] | record.get("asked", {})
+                and {*record.get("own_pictures", [])} <= {"visible", "cutout"}  # of the files
+            ):
+                finished.setdefault((place, record["photo"]), []).append(path)
+    results: dict[_Photo, Path | None] = dict.fromkeys(places)
+    for photo, place in places.items() if finished else ():
+        found = finished.get((place, _sha256_of(photo) or "without a file"))
+        if found:  # two photos with the same bytes take one each
+            stem = _stem_of(photo)
+            taken = min(found, key=lambda path: (not path.name.startswith(stem), len(path.name)))
+            found.remove(taken)
+            results[photo] = taken
+    return results
 
 
-def _paint_each(
-    photos: Sequence[Path],
-    style: Tensor,
-    visible: Tensor | None,
-    config: StyleTransferConfig,
-    network: VGG19Features,
-) -> Iterator[tuple[Path, Step | Exception]]:
-    """Each photo with its last step, or with the error that says why it cannot be painted."""
-    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
-    with tqdm(total=len(photos), file=sys.stdout, leave=False, bar_format=form) as bar:
-        for number, path in enumerate(photos):
-            try:
-                photo = load_image(path, config.max_size)
-                steps = stylize(photo, style, config, network=network, visible=visible)
-            except (OSError, ValueError) as error:
-                yield path, error
-                continue
-            for step in steps:
-                bar.set_description(f"{path.name}, {number + 1} of {len(photos)}", refresh=False)
-                bar.update(number + step.progress - bar.n)
-            yield path, step
+def _sentence_of(error: Exception) -> str:
+    text = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+    return text.rstrip(".") + "."
 
 
-def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
-    """Save, and show in a notebook, small copies of pictures, {photo: picture}, as one JPEG."""
+def _make_contact_sheet(files: Mapping[_Photo, Path]) -> Image.Image:
+    """Small copies of pictures, {photo: picture}, each above the name of its photo."""
     columns = math.ceil(math.sqrt(len(files)))
     rows = math.ceil(len(files) / columns)
     side, gap = _SHEET_SIDE, _SHEET_GAP
@@ -3698,17 +3665,48 @@ def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
         picture = to_pil(load_image(path, side))
         tile = ImageOps.pad(picture, room, color="white", centering=(0.5, 1))  # on its name
         sheet.paste(tile, (left, top + gap))
-        draw.text((left, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12)
-    file = io.BytesIO()
-    sheet.save(file, "JPEG", quality=90)
-    _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
-    if get_ipython() is not None:
-        alt = f"The results, painted from {', '.join(photo.name for photo in files)}"
-        display(HTML(_image_tag(file.getvalue(), "jpeg", alt)))
+        name = _file_name_of(photo)[:_SHEET_LETTERS]
+        draw.text((left, top + side), name, "black", font_size=12)
+    return sheet
+
+
+def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool) -> None:
+    """Save a contact sheet if there is something new on it, and show a small one in a notebook."""
+    is_in_notebook = get_ipython() is not None
+    if not files or not (is_new or is_in_notebook):
+        return
+    sheet = _make_contact_sheet(files)
+    if is_new:
+        file = io.BytesIO()
+        sheet.save(file, "JPEG", quality=90)
+        _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    if is_in_notebook:
+        names = ", ".join(map(_file_name_of, files))
+        alt = _printable(textwrap.shorten(f"The results, painted from {names}", _LONGEST_LIST))
+        display(HTML(picture_tag(sheet, alt, min(_SHEET_VIEW, max(sheet.size)))))
+
+
+def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]]) -> list[str]:
+    """Paint the photos in turn, whatever happens to one; returns why some have failed."""
+    problems = []
+    with _make_bar(len(photos)) as bar:
+        for number, photo in enumerate(photos):
+            name = _file_name_of(photo) or str(photo)
+            bar.set_description(_printable(f"{name}, {number + 1} of {len(photos)}"))
+            try:
+                for step in paint(photo):
+                    bar.update(number + step.progress - bar.n)
+            except KeyboardInterrupt:
+                state = f"Stopped at {name}, {number + 1} of {len(photos)}"
+                raise KeyboardInterrupt(f"{state}: the same call goes on with it.") from None
+            except Exception as error:
+                reason = _sentence_of(error)
+                problems.append(reason if name in reason else f"{name}: {reason}")
+    return problems
 
 
 def paint_folder(
-    photos: _Photos,
+    photos: str | os.PathLike | Iterable[str | os.PathLike],
     painting: _Source,
     config: StyleTransferConfig,
     output_folder: str | os.PathLike = "outputs",
@@ -3717,46 +3715,56 @@ def paint_folder(
     format: str = "png",
     keep_exif: bool = False,
     dpi: float | None = None,
-) -> dict[Path, Path | None]:
+    recursive: bool = False,
+) -> dict[_Photo, Path | None]:
     """Paint every photo of a folder, or of a list, in the style of one painting.
 
     Returns {photo: saved picture}. Each is saved as soon as it is done, and its name begins with
-    the photo's. At the end, a contact sheet is saved too, and shown in a notebook. Called again
-    after an interrupt, it goes on: a photo is left out if ``output_folder`` has its finished
-    picture in this format, of the same painting, with the same settings asked for.
+    the photo's. At the end, a contact sheet is saved too, and a small one shown in a notebook.
+    Called again after an interrupt, it goes on: a photo is left out if ``output_folder`` has its
+    finished picture, in any format and at any strength, of the same painting, with the same
+    settings asked for.
 
     photos: of a folder, hidden files, files of other kinds and pictures painted here are left out.
+        A list may hold addresses.
     network: what ``load_network`` gave, to reuse.
     format, keep_exif, dpi: as ``save_image`` takes them.
-    A photo that cannot be painted has ``None``; a ``StyleTransferWarning`` at the end says why.
+    recursive: take the photos of subfolders too, each result in the subfolder of the same name.
+        Otherwise, a ``StyleTransferWarning`` names those that hold photos.
+    Whatever happens to one photo, the others are painted. One that fails has ``None``, and a
+    ``StyleTransferWarning`` after the contact sheet says why; if all fail, that is a
+    ``RuntimeError``.
     Raises ``ValueError`` if there are no photos, and what ``load_image`` raises for the painting.
 
     Example: ``paint_folder("holiday", "images/starry_night.jpg", StyleTransferConfig())``.
     """
     _check_format(format, dpi)
-    paths = _photos_in(photos)
-    if not paths:
-        raise ValueError(f"photos must hold at least one picture, but {_shown(photos)} has none.")
+    places = _find_photos(photos, recursive)
     style, visible = load_painting(painting, config.max_size)
     folder = prepare_output_folder(output_folder)
     network = load_network(config) if network is None else network
-    before = _painted_before(folder, painting, config, network, format)
-    files = {path: before.get(_sha256_of(path) or "without a file") for path in paths}
-    missing = [path for path, file in files.items() if file is None]
+    files = _find_results(places, folder, painting, config, network)
+    missing = [photo for photo, file in files.items() if file is None]
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
-    problems = []
-    for path, outcome in _paint_each(missing, style, visible, config, network):
-        if isinstance(outcome, Exception):
-            problems.append(f"{path.name}: {outcome}")
-        else:
-            name = _NOT_IN_NAMES.sub("_", path.stem[:_LONGEST_NAME]).lstrip(".")
-            files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
-    painted = {path: file for path, file in files.items() if file is not None}
-    if painted:
-        _save_contact_sheet(painted, folder)
+
+    def paint(photo: _Photo) -> Iterator[Step]:
+        content, name = load_image(photo, config.max_size), _stem_of(photo)
+        for step in stylize(content, style, config, network=network, visible=visible):
+            yield step
+        place = folder / places[photo]
+        files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
+
+    problems = _try_each(missing, paint)
+    painted = {photo: file for photo, file in files.items() if file is not None}
+    try:
+        _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
+    except Exception as error:
+        problems.append(f"There is no contact sheet: {_sentence_of(error)}")
     if problems:
-        summary = f"Not painted: {len(problems)} of {len(files)} photos."
-        _warn("\n".join([summary, *problems]))
+        report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
+        if not painted:
+            raise RuntimeError(report)
+        _warn(report)
     return files
 
 
@@ -3773,7 +3781,7 @@ def set_up_notebook() -> None:
 
 
 def _download_link(name: str, address: str) -> str:
-    return f'<a download="{name}" href="{address}"><u>Download</u></a>'
+    return f'<a download="{html.escape(name)}" href="{html.escape(address)}"><u>Download</u></a>'
 
 
 def _is_in_colab() -> bool:
@@ -3806,8 +3814,12 @@ def choose_pictures(photo: str, painting: str) -> dict[str, _Source]:
 
 
 def offer_download(path: Path) -> None:
-    """In Colab, the browser downloads the file at once; elsewhere, a link to it is shown."""
-    address = html.escape(path.as_posix())
+    """In Colab, the browser downloads the file at once; elsewhere, a link to it is shown.
+
+    A page can only link to files in the notebook's folder: of others, it says where they are.
+    """
+    here, place = Path.cwd(), Path(os.path.abspath(path))
+    words = "Open it there: this page can only link to files in the notebook's folder."
     if _is_in_colab():
         try:
             from google.colab import files
@@ -3815,7 +3827,11 @@ def offer_download(path: Path) -> None:
             return files.download(str(path))
         except Exception:  # as for an upload
             address = _data_address(path.read_bytes(), path.suffix[1:])
-    display(HTML(f"Saved as {html.escape(path.as_posix())}. {_download_link(path.name, address)}"))
+            words = _download_link(path.name, address)
+    elif place.is_relative_to(here):
+        address = urllib.parse.quote(place.relative_to(here).as_posix())
+        words = _download_link(path.name, address)
+    display(HTML(f"Saved as {html.escape(path.as_posix())}. {words}"))
 
 
 # The panel ----------------------------------------------------------------------------------------
@@ -3848,11 +3864,6 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
     photo = resize(photo, _size_of(step.image)).to(step.image)
     image = photo.lerp(step.image, strength)
     return replace(step, image=image, strength=step.strength * strength)
-
-
-def _sentence_of(error: Exception) -> str:
-    text = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-    return text.rstrip(".") + "."
 
 
 def _make_notice() -> widgets.HTML:
@@ -4042,7 +4053,7 @@ class Panel(widgets.HBox):
         name = html.escape(_file_name_of(source) or f"the {which}")
         if self.run is not None and self.run.sources[which] is not source:
             name += "<br><b>for the next run</b>"
-        picture = _picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
+        picture = picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
         style = f"width: {_THUMBNAIL_SIDE}px"
         return f'<figure style="{style}">{picture}<figcaption>{name}</figcaption></figure>'
 
@@ -4122,7 +4133,7 @@ class Panel(widgets.HBox):
         self.save_button.disabled = path is not None
         self.link.value = _download_link(name, _data_address(data, kind))
         alt = f"the result at a strength of {strength:.0%}"
-        self.page.value = _picture_tag(Image.open(io.BytesIO(data)), alt)
+        self.page.value = picture_tag(Image.open(io.BytesIO(data)), alt)
         return sentence
 
     def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:
