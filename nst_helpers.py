@@ -3748,10 +3748,11 @@ def paint_folder(
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
 
     def paint(photo: _Photo) -> Iterator[Step]:
-        content, name = load_image(photo, config.max_size), _stem_of(photo)
-        for step in stylize(content, style, config, network=network, visible=visible):
+        content, cutout = load_painting(photo, config.max_size)
+        begin = functools.partial(stylize, network=network, visible=visible, cutout=cutout)
+        for step in begin(content, style, config):
             yield step
-        place = folder / places[photo]
+        place, name = folder / places[photo], _stem_of(photo)
         files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
 
     problems = _try_each(missing, paint)
