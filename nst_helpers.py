@@ -668,6 +668,9 @@ def _edges(image: Tensor) -> Tensor:
 
 _LEAST_VARIANCE = 1e-5  # of colours: a standard deviation of about one level in 256
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+_DARKEST_SHARE = 0.02  # of the pixels
+_LIGHTNESS_SAMPLES = 2**16  # pixels looked at to find them
+_MOST_GAIN = 3.0  # of the darks: the noise of a flat photo is not amplified more
 _Limits = tuple[float, float] | tuple[Tensor, Tensor]  # the least and the most a pixel may be
 
 
@@ -694,6 +697,28 @@ def match_colors(image: Tensor, target: Tensor, part: Tensor | None = None) -> T
     centred = pixels - measured.mean(1, keepdim=True)
     matched = to_target @ from_image @ centred + target_pixels.mean(1, keepdim=True)
     return matched.to(image.dtype).view(image.shape).to(image.device)
+
+
+def _darkest(lightness: Tensor) -> Tensor:
+    """The mean of the darkest fiftieth of the pixels."""
+    values = lightness.flatten()
+    values = values[:: len(values) // _LIGHTNESS_SAMPLES + 1].sort().values
+    return values[: math.ceil(_DARKEST_SHARE * len(values))].mean()
+
+
+def _match_palette(photo: Tensor, part: Tensor, painting: Tensor) -> Tensor:
+    """The photo, of which a part counts, in the colours of a painting, and with darks as dark.
+
+    Departure: the covariance of a nearly white painting would make the photo's darks pale, though
+    the painting has darks too, only few. So what is darker than the mean is darkened further.
+    """
+    matched = match_colors(photo, painting, part)
+    counted = matched if part is photo else match_colors(part, painting)
+    mean = counted.mean()
+    reach = (mean - _darkest(counted.mean(1))).clamp_min(_SMALLEST_NORM)
+    gain = ((mean - _darkest(painting.mean(1))) / reach).clamp(1, _MOST_GAIN)
+    darks = (matched.mean(1, keepdim=True) - mean).clamp(max=0)
+    return (matched + (gain - 1) * darks).clamp(0, 1)
 
 
 def _luminance(image: Tensor) -> Tensor:
@@ -763,7 +788,7 @@ def _recolor(
     """The photo, of which a part counts, in the palettes of the paintings, each by its share."""
     recolored = photo * (1 - sum(shares))  # what no share claims stays as it is
     for palette, share in zip(palettes, shares, strict=True):
-        recolored = recolored + share * match_colors(photo, palette, part).clamp(0, 1)
+        recolored = recolored + share * _match_palette(photo, part, palette)
     return recolored.clamp(0, 1)
 
 
@@ -1159,6 +1184,16 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
 _LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
 
+# The trial that tells how much of the photo a pair of pictures needs: see ``_find_balance``.
+_TRIAL_LONG_SIDE = 160  # pixels
+_TRIAL_STEPS = 11
+_TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
+_TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
+_EASY_STYLE = 0.06  # the style loss that it leaves where the painting suits the photo
+_BALANCE_POWER = 1.5
+_MOST_BALANCE = 8.0
+_FINEST_POWER = 0.5  # of the balance, at the finest scale: by then the composition is settled
+
 # At the finest scale: the first block that is not looked at, and the layer for the content instead.
 _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 
@@ -1262,6 +1297,8 @@ class Job:
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
+    balance: how many times as much as ``config.content_weight`` the photo counts, 1 to 8; ``None``
+        until it is found, by ``_find_balance``, and 1 then for ``paint``.
     notes: what has gone wrong so far.
     """
 
@@ -1278,6 +1315,7 @@ class Job:
     picture: Tensor | None = None
     steps_done: int = 0
     progress: float = 0.0
+    balance: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -1493,19 +1531,22 @@ def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> 
 def _calculate_losses(
     config: StyleTransferConfig,
     scene: _Scene,
+    balance: float,
     canvas: Tensor,
     features: _Features,
     statistics: Mapping[str, Statistics],
 ) -> dict[str, Tensor]:
     """{"content", "style", "tv", "total"}, 0-d each.
 
-    The total is equation 7 of the paper, α × content + β × style, plus total variation.
+    The total is equation 7 of the paper, α × content + β × style, plus total variation. Departure:
+    α is ``config.content_weight`` times the balance that ``_find_balance`` has found.
     """
     content = calculate_content_loss(features, scene.content, scene.content_guides)
     weights, shares = scene.layer_weights, scene.region_shares
     style = calculate_style_loss(statistics, scene.style, weights, shares)
     tv = total_variation_loss(canvas)
-    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+    content_weight = balance * config.content_weight
+    total = content_weight * content + config.style_weight * style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
 
 
@@ -1544,13 +1585,15 @@ def paint(job: Job) -> Iterator[Step]:
         scene = _set_scene(job, scale, photo, styles)
         canvas = _start_canvas(picture, photo, config)
         optimizer = _make_optimizer(job, scale, canvas, scene.limits)
+        is_finest = scale.size == job.scales[-1].size != job.scales[0].size
+        balance = (job.balance or 1.0) ** (_FINEST_POWER if is_finest else 1)
         last = number + scale.steps
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
                 seen = network.look(canvas, scene.content, scene.style, scene.guides, scale.strips)
                 # 2. How far is it from the photo, and from the style of the painting?
-                losses = _calculate_losses(config, scene, canvas, *seen)
+                losses = _calculate_losses(config, scene, balance, canvas, *seen)
                 # 3. Which way must each pixel change?
                 gradient = differentiator.gradient(losses["total"], canvas)
             if gradient is None:
@@ -1563,6 +1606,36 @@ def paint(job: Job) -> Iterator[Step]:
             progress = job.progress + (1 - job.progress) * work / total_work
             losses = {name: loss.detach() for name, loss in losses.items()}
             yield Step(number, total_steps, progress, _finish(job, picture), losses, picture, job)
+
+
+def _plan_trial(job: Job) -> Job | None:
+    """A few steps with the style alone, at a small size; ``None`` where they would not pay."""
+    config = job.config
+    photo = shrink_to(job.content, _TRIAL_LONG_SIDE)
+    scale = Scale(_size_of(photo), _TRIAL_STEPS, _TRIAL_RATE * config.learning_rate)
+    is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
+    if not is_weighed or scale.work > _TRIAL_SHARE * sum(scale.work for scale in job.scales):
+        return None
+    style_alone = replace(
+        config, content_weight=0, tv_weight=0, scales=1, optimizer="lbfgs", init="content", noise=0
+    )
+    return replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
+
+
+def _find_balance(job: Job) -> float:
+    """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
+
+    Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
+    swirls, which recur, are soon in place. What is left is what the painting has once, and the
+    photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
+    objects, unless these count more.
+    """
+    trial = _plan_trial(job)
+    if trial is None:
+        return 1.0
+    *_, last = paint(trial)
+    found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
+    return min(max(1.0, found), _MOST_BALANCE)
 
 
 # ==================================================================================================
@@ -1919,6 +1992,9 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
             while True:
                 _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
                 try:
+                    if job.balance is None:
+                        with _STEP_LOCK:
+                            job = replace(job, balance=_find_balance(job))
                     for step in _taking_turns(paint(job)):
                         good = step
                         yield step
@@ -1939,7 +2015,7 @@ def _measure_seconds_per_pixel(job: Job) -> float:
     """Seconds that a step takes for each pixel, from a few steps at one small size."""
     content = shrink_to(job.content, _TRIAL_SIDES[job.network.device.type])
     scale = Scale(_size_of(content), _TRIAL_STEPS, job.config.learning_rate)
-    trial = replace(job, content=content, start=None, scales=[scale])
+    trial = replace(job, content=content, start=None, scales=[scale], balance=1.0)
     ends = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StyleTransferWarning)  # the run will give them
@@ -2165,7 +2241,8 @@ def estimate(
     job = _plan(content, styles, config, network, **options)
     if seconds_per_pixel is None:
         seconds_per_pixel = _measure_seconds_per_pixel(job)
-    seconds = 0.0
+    trial = _plan_trial(job)
+    seconds = 0.0 if trial is None else trial.scales[0].work * seconds_per_pixel
     for scale in job.scales:
         pixels = scale.work + _padded_pixels(scale.size)  # one more look, for the targets
         slowdown = _SLOWDOWN[scale.strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
@@ -2803,6 +2880,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
         "strength": step.strength,
+        "balance": job.balance,
         "step": step.number,
         "finished": step.number == step.total,
         "packages": {name: package.__version__ for name, package in packages.items()},
