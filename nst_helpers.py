@@ -808,7 +808,7 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _must_be(allowed: str, accepts: Callable[[Any], bool]) -> AfterValidator:
@@ -3806,8 +3806,8 @@ def paint_folder(
 
     def paint(photo: _Photo) -> Iterator[Step]:
         content, cutout = load_painting(photo, config.max_size)
-        begin = functools.partial(stylize, network=network, visible=visible, cutout=cutout)
-        for step in begin(content, style, config):
+        given = {"network": network, "visible": visible, "cutout": cutout}
+        for step in stylize(content, style, config, **given):
             yield step
         place, name = folder / places[photo], _stem_of(photo)
         files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
@@ -3818,10 +3818,10 @@ def paint_folder(
         _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
     except Exception as error:
         problems.append(f"There is no contact sheet: {_sentence_of(error)}")
+    report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
+    if not painted:
+        raise RuntimeError(report)
     if problems:
-        report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
-        if not painted:
-            raise RuntimeError(report)
         _warn(report)
     return files
 
