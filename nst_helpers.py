@@ -3806,7 +3806,7 @@ def paint_folder(
 
     def paint(photo: _Photo) -> Iterator[Step]:
         content, cutout = load_painting(photo, config.max_size)
-        given = {"network": network, "visible": visible, "cutout": cutout}
+        given: Any = {"network": network, "visible": visible, "cutout": cutout}
         for step in stylize(content, style, config, **given):
             yield step
         place, name = folder / places[photo], _stem_of(photo)
