@@ -3732,11 +3732,15 @@ def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool
     is_in_notebook = get_ipython() is not None
     if not files or not (is_new or is_in_notebook):
         return
-    sheet = _make_contact_sheet(files)
-    if is_new:
-        file = io.BytesIO()
-        sheet.save(file, "JPEG", quality=90)
-        _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    try:
+        sheet = _make_contact_sheet(files)
+        if is_new:
+            file = io.BytesIO()
+            sheet.save(file, "JPEG", quality=90)
+            _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    except Exception as error:  # the pictures are saved
+        _warn(f"There is no contact sheet: {_sentence_of(error)}")
+        return
     if is_in_notebook:
         names = ", ".join(map(_file_name_of, files))
         alt = _printable(textwrap.shorten(f"The results, painted from {names}", _LONGEST_LIST))
@@ -3814,10 +3818,7 @@ def paint_folder(
 
     problems = _try_each(missing, paint)
     painted = {photo: file for photo, file in files.items() if file is not None}
-    try:
-        _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
-    except Exception as error:
-        problems.append(f"There is no contact sheet: {_sentence_of(error)}")
+    _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
     report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
     if not painted:
         raise RuntimeError(report)
