@@ -2605,8 +2605,7 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     try:
         return _apply_profile(picture, rgb)
     except ImageCms.PyCMSError as error:
-        problem = f"The colour profile of {name} is not used, so its colours may be off: {error}"
-        _warn(problem)
+        _warn(f"The colour profile of {name} is not used, so colours may be off: {_brief(error)}")
         return rgb
 
 
@@ -2636,8 +2635,7 @@ def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     colors = first.convert("RGB")
     if _shows_nothing(colors):
         raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
-    notice = f"{name} is wholly transparent, so it is read without its transparency."
-    _warn(notice)
+    _warn(f"{name} is wholly transparent, so it is read without its transparency.")
     return colors
 
 
@@ -2776,8 +2774,7 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     _refuse_large(*opened.size)
     picture = _first_to_show(opened, name)
     if _HDR.search(head):
-        notice = f"{name} is HDR, which is not tone-mapped: its colours will be off."
-        _warn(notice)
+        _warn(f"{name} is HDR, which is not tone-mapped: its colours will be off.")
     return picture
 
 
@@ -2934,20 +2931,16 @@ _COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
 # A JPEG holds 65,533 bytes of EXIF.
 _RECORD_LIMIT = 60_000  # characters: longer texts are neither saved nor read
 _PHOTO_EXIF_LIMIT = 4_000  # bytes
-_PHOTO_TAGS = frozenset(
-    ExifTags.Base[name]
-    for name in (
-        *("Make", "Model", "LensMake", "LensModel"),
-        *("DateTime", "DateTimeOriginal", "DateTimeDigitized"),
-        *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
-    )
-)
+_CAMERA_WORDS = "Make Model LensMake LensModel"
+_DATE_WORDS = "DateTime DateTimeOriginal DateTimeDigitized"
+_ZONE_WORDS = "OffsetTime OffsetTimeOriginal OffsetTimeDigitized"
+_PHOTO_TAGS = {ExifTags.Base[x] for x in f"{_CAMERA_WORDS} {_DATE_WORDS} {_ZONE_WORDS}".split()}
 # Where Colab mounts Google Drive: at /content/drive, or under another name with its own folders.
 _DRIVE = re.compile(r"(/content/g?drive|.*/g?drive(?=/(?:My ?Drive|Shareddrives)))(?=/|$)")
 _OWN_PICTURES = ("masks", "keep", "start", "visible")  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
-_LOCK_WAITS = (0.1, 0.3, 0.5)  # seconds: OneDrive or a virus scanner may hold a new file
+_LOCK_WAITS = (0.2, 0.6, 0.0)  # seconds after each try: a virus scanner may hold a new file
 # What a mount says that cannot rename, such as one of S3.
 _NO_RENAME = (errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 _AUTOSAVE_SECONDS = 20
@@ -3036,15 +3029,12 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
     alpha = _alpha_of(photo)
     if alpha is None:
         return picture
-    alpha = alpha.resize(picture.size, Image.Resampling.LANCZOS)
+    picture.putalpha(alpha.resize(picture.size, Image.Resampling.LANCZOS))
     if format != "jpeg":
-        picture.putalpha(alpha)
         return picture
-    problem = "A JPEG has no transparency: the transparent parts are saved as white."
-    _warn(problem)
-    white = Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=alpha)
-    return white
+    _warn("A JPEG has no transparency: the transparent parts are saved as white.")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def _photo_tags(photo: _Source) -> dict[int, Any]:
@@ -3121,8 +3111,7 @@ def _encode(
         try:
             pil_picture = _as_transparent_as(photo, pil_picture, format)
         except (OSError, ValueError) as error:  # the file may be gone by now
-            problem = f"The picture is saved without the photo's transparency, if any: {error}"
-            _warn(problem)
+            _warn(f"The picture is saved without the photo's transparency, if any: {error}")
         tags = _photo_tags(photo) if keep_exif else {}
     record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
     text = json.dumps(record) if record else ""  # ASCII
@@ -3307,9 +3296,8 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
                 while len(partials) > 1:
                     partials.pop(0).unlink(missing_ok=True)
             except OSError as error:
-                problem = f"The run goes on without its latest picture on disk. {error}"
                 if not has_warned:
-                    _warn(problem)
+                    _warn(f"The run goes on without its latest picture on disk. {error}")
                 has_warned = True
         yield step
     for partial in partials:
@@ -3345,7 +3333,7 @@ def read_record(source: _File) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
     if "strength" not in record:  # it was a note once
-        found = re.search(r"\bstrength ([\d.e-]+)", str(record.get("notes")))
+        found = re.search(r"\bstrength (\d[\d.]*(?:e-\d+)?)'", str(record.get("notes")))
         record["strength"] = 1.0 if found is None else float(found[1])
     return record
 
@@ -3370,10 +3358,10 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    own = [known for known in _OWN_PICTURES if known in (record.get("own_pictures") or [])]
+    listed = record.get("own_pictures")
+    own = [known for known in _OWN_PICTURES if isinstance(listed, list) and known in listed]
     if own:
-        advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
-        _warn(advice)
+        _warn(f"{name} was painted with {' and '.join(own)}: give them to stylize again.")
     if record["strength"] != 1:
         strength = _brief(record["strength"])
         _warn(f"{name} is blended with its photo: blend_with_photo(step, photo, {strength}).")
@@ -3383,8 +3371,7 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
         except ValueError as error:
             if setting in given:
                 raise
-            problem = f"The {setting} of {name} is 'auto' now: {error}"
-            _warn(problem)
+            _warn(f"The {setting} of {name} is 'auto' now: {error}")
             settings[setting] = "auto"
             config = StyleTransferConfig(**settings)
     return config
