@@ -2442,19 +2442,6 @@ def _brief(text: object) -> str:
     return quoted if len(quoted) <= _QUOTED_LETTERS else f"{quoted[:_QUOTED_LETTERS]} …"
 
 
-def _as_on_disk(path: str) -> str:
-    """The path by the names on the disk: a Mac writes é as two letters, a keyboard as one."""
-    folder, name = os.path.split(path)
-    if os.path.exists(path) or not name:
-        return path
-    folder = _as_on_disk(folder)
-    with contextlib.suppress(OSError, ValueError):  # there is no such folder
-        for found in os.listdir(folder or "."):
-            if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", name):
-                return os.path.join(folder, found)
-    return path
-
-
 def _place_of(source: str | os.PathLike) -> str:
     """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
     text = os.fspath(source)
@@ -2470,7 +2457,12 @@ def _place_of(source: str | os.PathLike) -> str:
     else:  # as it is, as a shell escapes blanks, as Windows has it, as a browser shows it
         escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
         tried = [plain, text, *escaped]
-    paths = [_as_on_disk(os.path.expanduser(path)) for path in tried]
+    # A Mac writes é as two letters in the names of files, a keyboard as one.
+    spell = unicodedata.normalize
+    for folder, name in [os.path.split(path) for path in tried]:
+        tried += [os.path.join(spell("NFC", folder), spell(form, name)) for form in ("NFC", "NFD")]
+        tried += [os.path.join(spell("NFD", folder), spell(form, name)) for form in ("NFC", "NFD")]
+    paths = [os.path.expanduser(path) for path in tried]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -2557,17 +2549,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def _find_white(brightest: float) -> float:
-    """The smallest of 1, 255 and 65535 that no pixel exceeds: a file does not say what white is."""
-    return next((white for white in (1, 255, 65535) if brightest <= white), brightest)
-
-
-def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits, or of floating-point numbers, in mode L."""
-    wide = picture.convert("F")
-    brightest: Any = wide.getextrema()[1]
-    white = 65535 if ";16" in picture.mode and brightest > 1 else _find_white(brightest)
-    return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
+def _from_numbers(numbers: np.ndarray) -> Image.Image:
+    """The picture in an array of 16 or 32 bits, or of floating-point numbers."""
+    brightest = np.nan_to_num(numbers).max()
+    # It does not say what white is: the smallest of these that no pixel exceeds.
+    whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
+    white = next((white for white in whites if brightest <= white), brightest)
+    levels = np.nan_to_num(numbers.astype(np.float32)) * (255 / white) + 0.5
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def _light_to_srgb(rgb: Image.Image) -> Image.Image:
@@ -2595,7 +2584,8 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow converts La to
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _reduce_to_8_bits(picture)
+        info, picture = picture.info, _from_numbers(np.asarray(picture))
+        picture.info = info
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
     if picture.mode == "LAB":
@@ -2653,21 +2643,20 @@ def _formats() -> list[str]:
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
-def _identify(file: IO[bytes]) -> Image.Image:
-    """What Pillow makes of a file, of which no pixel is decoded yet."""
+def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
+    """What Pillow makes of a file, of which no pixel is decoded yet.
+
+    A JPEG over Pillow's limit will be decoded at a reduced size, above ``max_size``.
+    """
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
-    if is_jpeg:
-        return JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
-    return Image.open(file, formats=_formats())
-
-
-def _reduce_large_jpeg(jpeg: Any, max_size: int) -> None:
-    """Let a JPEG over Pillow's limit be decoded at a reduced size, but above ``max_size``."""
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
-    if limit < math.prod(jpeg.size) <= _MOST_JPEG_PIXELS:
+    if not is_jpeg:
+        return Image.open(file, formats=_formats())
+    jpeg: Any = JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
+    if (Image.MAX_IMAGE_PIXELS or math.inf) < math.prod(jpeg.size) <= _MOST_JPEG_PIXELS:
         factor = max(max_size / max(jpeg.size), _SMALLEST_SIDE / min(jpeg.size))
         jpeg.draft(None, [math.ceil(side * factor) for side in jpeg.size])
+    return jpeg
 
 
 def _seek_largest_page(tiff: Image.Image) -> None:
@@ -2721,8 +2710,7 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
         array = page.asarray()
     if "S" in page.axes:  # samples: the colours, and perhaps an alpha
         array = np.moveaxis(array, page.axes.index("S"), -1)[..., :3]
-    numbers = np.nan_to_num(array.astype(np.float32))
-    picture = _from_array((numbers / _find_white(numbers.max())).clip(0, 1))
+    picture = _from_numbers(array)
     picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
     orientation = page.tags.valueof("Orientation", 1)
     picture.info["exif"] = _exif_bytes({ExifTags.Base.Orientation: orientation})
@@ -2760,7 +2748,7 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     file.seek(0)
     is_raw = head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2"
     try:
-        opened = _read_raw(file, max_size, name) if is_raw else _identify(file)
+        opened = _read_raw(file, max_size, name) if is_raw else _identify(file, max_size)
     except UnidentifiedImageError:
         opened = _read_otherwise(file, head, max_size, name)
     tags, names = getattr(opened, "tag_v2", {}), ExifTags.Base  # of a TIFF
@@ -2769,8 +2757,6 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
         opened = _read_raw(file, max_size, name)
     elif opened.format == "TIFF":
         _seek_largest_page(opened)
-    elif opened.format == "JPEG":
-        _reduce_large_jpeg(opened, max_size)
     _refuse_large(*opened.size)
     picture = _first_to_show(opened, name)
     if _HDR.search(head):
