@@ -27,6 +27,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import difflib
 import errno
 import functools
 import hashlib
@@ -37,7 +38,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import sys
@@ -53,13 +53,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pooch
 import psutil
+import pydantic.dataclasses
 import torch
 import torch.utils.checkpoint
 import torchvision
@@ -77,6 +78,7 @@ from PIL import (
     PngImagePlugin,
     UnidentifiedImageError,
 )
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -102,9 +104,7 @@ __all__ = [
     "calculate_content_loss",
     "calculate_style_loss",
     "choose_pictures",
-    "close_up",
     "estimate",
-    "film_tag",
     "gram_matrix",
     "live_view",
     "load_image",
@@ -115,6 +115,7 @@ __all__ = [
     "offer_download",
     "paint",
     "paint_folder",
+    "picture_tag",
     "plan_scales",
     "plot_losses",
     "prepare_output_folder",
@@ -129,7 +130,6 @@ __all__ = [
     "style_statistics",
     "stylize",
     "sweep",
-    "sweep_control",
     "to_pil",
     "total_variation_loss",
     "watch",
@@ -153,223 +153,12 @@ def _warn(sentence: str) -> None:
 # I. THE METHOD
 # ==================================================================================================
 
-# Settings -----------------------------------------------------------------------------------------
-
-# How many convolutions each block has: configuration E of Simonyan and Zisserman (2015).
-_VGG19_BLOCKS = (2, 2, 4, 4, 4)
-
-
-def _vgg19_module_names() -> list[str]:
-    """The names conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1 ..., in torchvision's order."""
-    names = []
-    for block, convolutions in enumerate(_VGG19_BLOCKS, start=1):
-        for number in range(1, convolutions + 1):
-            names += [f"conv{block}_{number}", f"relu{block}_{number}"]
-        names.append(f"pool{block}")
-    return names
-
-
-_VGG19_MODULES = tuple(_vgg19_module_names())
-_LAYERS = tuple(name for name in _VGG19_MODULES if name.startswith("relu"))
-_SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
-_LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
-_NORMAL_STEPS = 100
-_STEPS = {"auto": _NORMAL_STEPS, "quick": 52, "normal": _NORMAL_STEPS, "best": 156}  # by quality
-
-# Painting at twice the size would leave too few steps, in the same time, for bold strokes.
-_SUPERSAMPLING = {"auto": 1.25, "quick": 1.0, "normal": 1.25, "best": 1.5}
-
-
-class _Rule(NamedTuple):
-    """What a setting may be: in words, for an error message, and as a test."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_number(value: Any, minimum: float = 0, maximum: float = _LARGEST_NUMBER) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and minimum <= value <= maximum  # NaN fails this too
-
-
-def _whole_number(minimum: int) -> _Rule:
-    def accepts(value: Any) -> bool:
-        return isinstance(value, int) and _is_number(value, minimum)
-
-    return _Rule(f"a whole number of at least {minimum}", accepts)
-
-
-def _choice(*options: object) -> _Rule:
-    *others, last = map(repr, options)
-    allowed = f"{', '.join(others)} or {last}"
-    return _Rule(allowed, lambda value: isinstance(value, (str, bool)) and value in options)
-
-
-def _text(allowed: str, pattern: str) -> _Rule:
-    return _Rule(
-        allowed, lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
-    )
-
-
-def _word_or(word: str, rule: _Rule) -> _Rule:
-    def accepts(value: Any) -> bool:
-        return value == word if isinstance(value, str) else rule.accepts(value)
-
-    return _Rule(f"{word!r} or {rule.allowed}", accepts)
-
-
-def _are_layers(value: Any) -> bool:
-    names_layers = isinstance(value, tuple) and all(layer in _LAYERS for layer in value)
-    return names_layers and 0 < len(value) == len(set(value))
-
-
-def _are_proportions(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_number, value)) and sum(value) > 0
-
-
-_AT_LEAST_0 = _Rule("a number of at least 0", _is_number)
-_ABOVE_0 = _Rule("a number above 0", lambda value: _is_number(value) and value > 0)
-_FROM_0_TO_1 = _Rule("a number from 0 to 1", lambda value: _is_number(value, 0, 1))
-_LAYER_NAMES = _Rule(f"a tuple of different layers from {', '.join(_LAYERS)}", _are_layers)
-_PROPORTIONS = _Rule("a tuple of numbers of at least 0, not all of them 0", _are_proportions)
-
-
-def _setting(default: Any, rule: _Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
-
-
-def _shown(value: object) -> str:
-    """A value as an error message shows it: on one line, and not too long."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
-
-
-def _check(name: str, value: object, rule: _Rule) -> None:
-    """Raise ``ValueError`` with the name, the value and what is allowed."""
-    if not rule.accepts(value):
-        raise ValueError(f"{name} must be {rule.allowed}, not {_shown(value)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StyleTransferConfig:
-    """Every setting of a run, checked when it is set.
-
-    ``dataclasses.replace(config, style_weight=200)`` gives a changed copy. A config can be compared
-    with ==, prints readably, and survives JSON: ``StyleTransferConfig(**json.loads(text))``.
-
-    Size and effort
-        max_size: long side in pixels, 16 and up, at which pictures are loaded. ``stylize`` paints
-            at the size of the photo it receives.
-        quality: "quick" (52 steps), "normal" (100) or "best" (156); "auto" is "best" on CUDA and
-            otherwise "normal". "normal" paints 1.25 times as large as the result and "best" 1.5
-            times. At 512 pixels, "quick" takes about a third of the time of "normal", and "best"
-            about five times as long as "normal".
-        num_steps: updates of the canvas, over all scales, 1 and up; "auto" goes by ``quality``.
-        scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop, at
-            the size of the result whatever the ``quality``.
-    Losses
-        content_weight: 0 and up, how much of the photo stays.
-        style_weight: 0 and up, how strongly the painting's style is matched.
-        tv_weight: 0 and up, total variation: how strongly differences between neighbouring
-            pixels are penalised.
-    The artist's settings
-        detail: 0 to 1, how much of the photo's fine detail is put back at each scale, where it
-            has edges.
-        color: which colours to use: "style" (the painting's), "content" (the photo's palette) or
-            "luminance" (the photo's colours, pixel by pixel: only light and dark are painted).
-        style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
-            side. Strokes do not get larger than they are in the file.
-        style_blend: with several paintings, one number for each, 0 and up, or "equal".
-        init: where the picture starts: "content", "noise" or "style".
-        noise: 0 and up, the standard deviation of the noise added to the start.
-        seed: 0 and up, the seed of the noise.
-    The method
-        optimizer: the paper's "lbfgs", or "adam".
-        learning_rate: above 0, about how far a step moves a pixel, of a range of 1, at the finest
-            scale; coarser ones move further. L-BFGS moves pixels by 0.2 of it on average in the
-            first step of each scale, and by at most 1.5 times it in later ones.
-        content_layers, style_layers: names of layers, from relu1_1 to relu5_4.
-        style_layer_weights: one number for each style layer, 0 and up.
-        pooling: "max", or the paper's "average".
-        weights: where VGG19's weights come from: "auto", "torchvision", "bundled", or the path of
-            a file.
-    The machine
-        precision: dtype of the convolutions: "auto", "float32", "bfloat16" or "float16".
-        checkpoint: activation checkpointing. True computes VGG19 in strips, in a fraction of the
-            memory and about twice the time; "auto" does so where memory is short.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-
-    On the same CPU, with a precision and a checkpoint other than "auto", the same settings give
-    the same picture, bit for bit.
-
-    Raises ``ValueError`` with the setting, its value and what is allowed, and ``TypeError`` for a
-    setting that does not exist.
-    """
-
-    max_size: int = _setting(512, _whole_number(_SMALLEST_SIDE))
-    quality: str = _setting("auto", _choice(*_STEPS))
-    num_steps: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
-    scales: int | str = _setting("auto", _word_or("auto", _whole_number(1)))
-    content_weight: float = _setting(5.0, _AT_LEAST_0)
-    style_weight: float = _setting(100.0, _AT_LEAST_0)
-    tv_weight: float = _setting(2.0, _AT_LEAST_0)
-    detail: float = _setting(1.0, _FROM_0_TO_1)
-    color: str = _setting("style", _choice("style", "content", "luminance"))
-    style_scale: float = _setting(1.0, _ABOVE_0)
-    style_blend: tuple[float, ...] | str = _setting("equal", _word_or("equal", _PROPORTIONS))
-    init: str = _setting("content", _choice("content", "noise", "style"))
-    optimizer: str = _setting("lbfgs", _choice("lbfgs", "adam"))
-    learning_rate: float = _setting(0.02, _ABOVE_0)
-    content_layers: tuple[str, ...] = _setting(("relu4_2",), _LAYER_NAMES)
-    # Departure: relu5_1 is left out. It sees whole things, such as the face in a portrait, and
-    # would paint them.
-    style_layers: tuple[str, ...] = _setting(
-        ("relu1_1", "relu2_1", "relu3_1", "relu4_1"), _LAYER_NAMES
-    )
-    style_layer_weights: tuple[float, ...] = _setting((1.0, 1.0, 1.0, 1.0), _PROPORTIONS)
-    pooling: str = _setting("max", _choice("max", "average"))
-    weights: str = _setting("auto", _text("'auto', 'torchvision', 'bundled' or a path", ".+"))
-    precision: str = _setting("auto", _choice("auto", "float32", "bfloat16", "float16"))
-    checkpoint: bool | str = _setting("auto", _choice("auto", True, False))
-    device: str = _setting(
-        "auto", _text("'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", r"auto|cpu|mps|cuda(:\d{1,3})?")
-    )
-    noise: float = _setting(0.0, _AT_LEAST_0)
-    seed: int = _setting(0, _whole_number(0))
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(value, list):  # as JSON stores tuples
-                value = tuple(value)
-            elif isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            object.__setattr__(self, setting.name, value)  # plain assignment is blocked here
-            _check(setting.name, value, setting.metadata["rule"])
-        if self.content_weight + self.style_weight == 0:
-            raise ValueError("content_weight and style_weight must not both be 0.")
-        if len(self.style_layer_weights) != len(self.style_layers):
-            needed = f"one number for each of the {len(self.style_layers)} style_layers"
-            given = _shown(self.style_layer_weights)
-            raise ValueError(f"style_layer_weights must be {needed}, not {given}.")
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The content layers and the style layers, each once."""
-        return tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
-
-    @property
-    def supersampling(self) -> float:
-        """How many times as large as the result, along each side, the picture is painted."""
-        return 1.0 if self.scales == 1 else _SUPERSAMPLING[self.quality]
-
-
 # Losses -------------------------------------------------------------------------------------------
 
 _Features = Mapping[str, Tensor]  # {layer: (B, C, H, W)}
 _SMALLEST_NORM = 1e-12  # prevents division by zero
+_LEAST_COVARIANCE = 1e-6  # of a Gram matrix: all that a picture of one colour has is rounding
+_POSITIONS_AT_ONCE = 2**14  # multiplied at a time on a CPU
 
 
 def gram_matrix(features: Tensor) -> Tensor:
@@ -384,11 +173,57 @@ def gram_matrix(features: Tensor) -> Tensor:
     return F @ F.mT / F.shape[2]
 
 
+def _in_chunks(rows: Tensor) -> Sequence[Tensor]:
+    """The positions to multiply at a time; on a GPU, where one large product is faster, all."""
+    is_cpu = rows.device.type == "cpu"
+    return rows.split(_POSITIONS_AT_ONCE if is_cpu else rows.shape[1], dim=1)
+
+
+class _SumsOverPositions(torch.autograd.Function):
+    """F Fᵀ, (B, C, C), and the sum of each channel, (B, C), added up over chunks of positions.
+
+    These are the sums of ``gram_matrix`` and of a mean, in less memory: autograd would keep a
+    float32 copy of the features, which at relu1_1 (64 channels at full size) is the largest tensor
+    of a run in half precision, and give the gradient in a layout that slows the convolutions down.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(rows)  # (B, N, C): a row for each of N positions
+        found = [(part.mT @ part, part.sum(1)) for part in map(Tensor.float, _in_chunks(rows))]
+        products, sums = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
+        return products, sums
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, of_products: Tensor, of_sums: Tensor
+    ) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        both_halves = of_products + of_products.mT  # F Fᵀ is symmetric: each product is there twice
+        gradient = torch.empty_like(rows)
+        for target, part in zip(_in_chunks(gradient), _in_chunks(rows), strict=True):
+            target.copy_(part.float() @ both_halves + of_sums[:, None])
+        return gradient
+
+
 class Statistics(NamedTuple):
     """The style of a picture in one layer. R is the number of regions, usually 1."""
 
     gram: Tensor  # (R, C, C)
     mean: Tensor  # (R, C), of each channel
+
+
+def _statistics_of(features: Tensor, guide: Tensor | None = None) -> Statistics:
+    """``style_statistics`` of one layer, (B, C, H, W), with a guide of (R, 1, H, W)."""
+    weighted = features if guide is None else features * guide.to(features.dtype)
+    # Channels last is how the network's features are laid out in memory, so this copies nothing.
+    rows = weighted.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
+    products, sums = _SumsOverPositions.apply(rows)
+    gram, mean = products / rows.shape[1], sums / rows.shape[1]
+    if guide is not None:
+        # The guide is in both factors of G, so here it is squared; its square averages 1.
+        mean = (features * guide.square().to(features.dtype)).float().mean((2, 3))
+    return Statistics(gram, mean)
 
 
 def style_statistics(
@@ -401,20 +236,15 @@ def style_statistics(
     ``guides``, {layer: (R, 1, h, w)} of mean square 1, say how much each position counts in each of
     R regions: Gatys et al. (2017), section 4. Without them, all positions count the same.
     """
-    statistics = {}
-    for layer in features if layers is None else layers:
-        weight = 1 if guides is None else guides[layer]
-        gram = gram_matrix(features[layer] * weight)
-        # The weight is in both factors of G, so here it is squared; its square averages 1.
-        mean = (features[layer] * weight**2).float().mean((2, 3))
-        statistics[layer] = Statistics(gram, mean)
-    return statistics
+    chosen = list(features) if layers is None else layers
+    found = guides or dict.fromkeys(chosen)
+    return {layer: _statistics_of(features[layer], found[layer]) for layer in chosen}
 
 
-def _relative_distance(value: Tensor, target: Tensor) -> Tensor:
-    """‖value − target‖² / ‖target‖²."""
+def _relative_distance(value: Tensor, target: Tensor, least_norm: Tensor | float = 0.0) -> Tensor:
+    """‖value − target‖² / ‖target‖²; the divisor is at least ``least_norm``."""
     difference = value.float() - target.float()
-    norm = target.float().square().sum().clamp_min(_SMALLEST_NORM)
+    norm = target.float().square().sum().clamp_min(_SMALLEST_NORM).clamp_min(least_norm)
     return difference.square().sum() / norm
 
 
@@ -424,16 +254,24 @@ def _check_layers(generated: Mapping[str, Any], target: Mapping[str, Any]) -> No
             raise ValueError(f"generated must have the layer {layer}, not only {list(generated)}.")
 
 
-def calculate_content_loss(generated: _Features, content: _Features) -> Tensor:
+def calculate_content_loss(
+    generated: _Features, content: _Features, guides: _Features | None = None
+) -> Tensor:
     """How far a picture is from the photo: ‖F − P‖² / ‖P‖², averaged over the layers.
 
     ``generated`` and ``content`` are the features of the picture and of the photo; the layers are
     those of ``content``. 0 is the photo itself; features that are all zero would score 1.
+    ``guides``, {layer: (1, 1, h, w)}, say how much each position counts; by default, all the same.
     Equation 1 of the paper is ½‖F − P‖². Departure: the loss is relative, so it means the same in
     any layer, at any size, in any network. ``ValueError`` if a layer is missing.
     """
     _check_layers(generated, content)
-    distances = [_relative_distance(generated[layer], content[layer]) for layer in content]
+    distances = []
+    for layer, P in content.items():
+        F = generated[layer]
+        if guides is not None:
+            F, P = F * guides[layer], P * guides[layer]
+        distances.append(_relative_distance(F, P))
     return torch.stack(distances).mean()
 
 
@@ -444,7 +282,9 @@ def _covariance(statistics: Statistics, region: int) -> Tensor:
 
 
 def _style_distance(found: Statistics, target: Statistics, region: int) -> Tensor:
-    covariance = _relative_distance(_covariance(found, region), _covariance(target, region))
+    least = _LEAST_COVARIANCE * target.gram[region].square().sum()
+    Ca = _covariance(target, region)
+    covariance = _relative_distance(_covariance(found, region), Ca, least)
     mean = _relative_distance(found.mean[region], target.mean[region])
     return covariance + mean
 
@@ -464,13 +304,13 @@ def calculate_style_loss(
     generated: Mapping[str, Statistics],
     style: Mapping[str, Statistics],
     layer_weights: Sequence[float] | None = None,
-    region_shares: Sequence[float] = (1.0,),
+    region_shares: Sequence[float] | None = None,
 ) -> Tensor:
     """How far a picture is from the painting's style, averaged over the layers.
 
     ``generated`` and ``style`` are the ``style_statistics`` of the picture and of the painting; the
     layers are those of ``style``, weighted by ``layer_weights``. Each of R regions counts as much
-    as its number in ``region_shares``. 0 is a perfect match.
+    as its number in ``region_shares``; without those, all count the same. 0 is a perfect match.
 
     Equations 4 and 5 of the paper are Σ (G − A)² / (4 N² M²), G and A the Gram matrices.
     Departure: the loss is relative, so that no layer dominates. Departure: the Gram matrix is taken
@@ -482,9 +322,11 @@ def calculate_style_loss(
     _check_layers(generated, style)
     distances = []
     for layer, target in style.items():
+        regions = len(target.mean)
+        shares = region_shares or [1 / regions] * regions
         found = generated[layer]
-        of_regions = [_style_distance(found, target, r) for r in range(len(region_shares))]
-        distances.append(_weighted_sum(of_regions, region_shares))
+        of_regions = [_style_distance(found, target, region) for region in range(regions)]
+        distances.append(_weighted_sum(of_regions, shares))
     return _weighted_mean(distances, layer_weights or [1.0] * len(distances))
 
 
@@ -501,19 +343,57 @@ def total_variation_loss(image: Tensor) -> Tensor:
 
 # VGG19 --------------------------------------------------------------------------------------------
 
+# How many convolutions each block has: configuration E of Simonyan and Zisserman (2015).
+_VGG19_BLOCKS = (2, 2, 4, 4, 4)
+_ALL_BLOCKS = len(_VGG19_BLOCKS)
+_STRIP_ROWS = 64  # rows of a block's input computed at once; even, so pooling splits no pair
+_FLOAT16_REDUCTION = 64  # float16's maximum is 65,504, and some features reach 20,000
+
+
+def _vgg19_module_names() -> list[str]:
+    """The names conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1 ..., in torchvision's order."""
+    names = []
+    for block, convolutions in enumerate(_VGG19_BLOCKS, start=1):
+        for number in range(1, convolutions + 1):
+            names += [f"conv{block}_{number}", f"relu{block}_{number}"]
+        names.append(f"pool{block}")
+    return names
+
+
+_VGG19_MODULES = tuple(_vgg19_module_names())
+_LAYERS = tuple(name for name in _VGG19_MODULES if name.startswith("relu"))
+
+
+def _block_of(name: str) -> int:
+    """The block, 1 to 5, that a module such as ``relu4_2``, ``conv4_2`` or ``pool4`` belongs to."""
+    return int(name[4])  # conv, relu and pool all have four letters
+
+
+def _fold_normalization(
+    tensors: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Tensor]:
+    """The weights of a network trained on (image − mean) / std, for images in [0, 1].
+
+    conv1_1 is linear, so w · (image − mean) / std + b = (w / std) · image + (b − w · mean / std).
+    That is exact up to the edge of the image, since its padding repeats the image.
+    """
+    weight = tensors["conv1_1.weight"]  # (64, 3, 3, 3)
+    scale = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
+    shift = -torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1) / scale
+    bias = tensors["conv1_1.bias"] + (weight * shift.float()).sum((1, 2, 3))
+    folded = {"conv1_1.weight": weight * (1 / scale).float(), "conv1_1.bias": bias}
+    return {**tensors, **folded}
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """VGG19's weights, and the input they were trained on.
+    """VGG19's weights, for images in [0, 1].
 
     tensors: {"conv1_1.weight": (64, 3, 3, 3), "conv1_1.bias": (64,), ...}, float32.
-    mean, std: of red, green and blue; the input is (image − mean) / std.
     source: "torchvision", "bundled" or the name of a file; sha256: the hash of that file.
     """
 
     tensors: Mapping[str, Tensor]
-    mean: Sequence[float]
-    std: Sequence[float]
     source: str
     sha256: str
 
@@ -533,14 +413,64 @@ def _build_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
     return chosen
 
 
+def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights for features that are 64 times smaller, in every layer.
+
+    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on, and
+    the losses, being relative, are unaffected.
+    """
+    reduced = dict(tensors)
+    for name, tensor in tensors.items():
+        if name == "conv1_1.weight" or name.endswith("bias"):
+            reduced[name] = tensor / _FLOAT16_REDUCTION
+    return reduced
+
+
+def _join_strips(parts: Sequence[Any], rows: Sequence[int]) -> Any:
+    """Features one below the other; of statistics, which are means over rows, their mean."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim=2)
+    grams, means = zip(*parts, strict=True)
+    return Statistics(_weighted_mean(grams, rows), _weighted_mean(means, rows))
+
+
+def _compute_in_strips(
+    compute: Callable[[Tensor, slice], tuple[dict[str, Any], Tensor]], x: Tensor, halo: int
+) -> tuple[dict[str, Any], Tensor]:
+    """What ``compute(x, all rows)`` gives, a strip at a time.
+
+    Only the result of each strip is kept; the gradient recomputes the rest. ``halo`` is the number
+    of convolutions, since each 3 x 3 filter reaches one row further::
+
+        first   ┌───────────────┐   the halo above: computed, then dropped
+        start   ├───────────────┤
+                │ the strip     │
+        end     ├───────────────┤
+        last    └───────────────┘   the halo below
+    """
+    height = x.shape[2]
+    starts = range(0, max(1, height - 1), _STRIP_ROWS)  # pooling needs two rows in the last one
+    found, inputs, rows = [], [], []
+    for start, end in itertools.pairwise([*starts, height]):
+        first, last = max(0, start - halo), min(height, end + halo)
+        inner = slice(start - first, end - first)
+        outputs, following = torch.utils.checkpoint.checkpoint(
+            compute, x[:, :, first:last], inner, use_reentrant=False
+        )
+        found.append(outputs)
+        inputs.append(following)
+        rows.append(end - start)
+    joined = {name: _join_strips([outputs[name] for outputs in found], rows) for name in found[0]}
+    return joined, torch.cat(inputs, dim=2)
+
+
 class VGG19Features(nn.Module):
     """What VGG19 sees in a picture: its features, by the name of the layer.
 
     The network is torchvision's VGG19 without its classifier, cut off after the deepest of
     ``layers``, and frozen. ``network(image)`` takes a (1, 3, H, W) image in [0, 1], with sides of
-    at least 16, and gives {layer: (1, C, h, w)}, after the ReLU. ``pooling`` is "max" or "average".
-
-    ``load_network(config)``, in part III, makes a faster one that can also run in half precision.
+    at least 16, and gives {layer: (1, C, h, w)}, after the ReLU. ``pooling`` is "max" or "average",
+    and ``dtype`` that of the convolutions.
 
     Example::
 
@@ -548,41 +478,28 @@ class VGG19Features(nn.Module):
         network(load_image("images/china.jpg"))["relu4_2"].shape  # (1, 512, 42, 64)
     """
 
-    def __init__(self, weights: Weights, layers: Collection[str], pooling: str = "max") -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        layers: Collection[str],
+        pooling: str = "max",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.pooling = pooling
         self.source = weights.source
         self.sha256 = weights.sha256
-        self.normalize = torchvision.transforms.Normalize(weights.mean, weights.std)
         self.network = _build_vgg19(self.layers, pooling)
-        needed = {name: weights.tensors[name] for name in self.network.state_dict()}
+        names = [name for name, _ in self.network.named_children()]
+        self.blocks = [list(block) for _, block in itertools.groupby(names, _block_of)]
+        is_half = dtype == torch.float16
+        tensors = _reduce_for_float16(weights.tensors) if is_half else weights.tensors
+        needed = {name: tensors[name] for name in self.network.state_dict()}
         self.network.load_state_dict(needed, assign=True)
         self.requires_grad_(False).eval()
-
-    def forward(self, image: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The features of ``layers``; by default, of all the network's layers."""
-        x = self.normalize(image.expand(-1, 3, -1, -1))  # one channel of luminance becomes grey
-        found = {}
-        for name, module in self.network.named_children():
-            x = module(x)  # (1, C, h, w)
-            found[name] = x
-        return {layer: found[layer] for layer in layers or self.layers}
-
-    def look(
-        self,
-        image: Tensor,
-        content_layers: Collection[str] = (),
-        style_layers: Collection[str] = (),
-        guides: _Features | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
-        """The features of an image in some layers, and its ``style_statistics`` in others.
-
-        Both in one call, so that part II can collect statistics without keeping whole features.
-        """
-        features = self(image, {*content_layers, *style_layers})
-        content = {layer: features[layer] for layer in content_layers}
-        return content, style_statistics(features, style_layers, guides)
+        self.to(dtype)
+        self.to(memory_format=torch.channels_last)  # the fastest layout
 
     @property
     def device(self) -> torch.device:
@@ -594,17 +511,82 @@ class VGG19Features(nn.Module):
         """The dtype of the convolutions."""
         return next(self.parameters()).dtype
 
+    def forward(self, image: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The features of ``layers``; by default, of all the network's layers."""
+        if image.dim() != 4:
+            raise ValueError(f"image must be of shape (1, 3, H, W), not {tuple(image.shape)}.")
+        features, _ = self.look(image, layers or self.layers)
+        return features
+
+    def look(
+        self,
+        image: Tensor,
+        content_layers: Collection[str] = (),
+        style_layers: Collection[str] = (),
+        guides: _Features | None = None,
+        strips: int = 0,
+    ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
+        """The features of an image in some layers, and its ``style_statistics`` in others.
+
+        So many blocks as ``strips``, from the first, are computed strip by strip, and again for the
+        gradient: with all five, that takes a fraction of the memory and about twice the time.
+        """
+        layers = {*content_layers, *style_layers}
+        # Guides need whole features. Otherwise statistics are made strip by strip, except in a
+        # layer that serves the content too.
+        in_strips = set(style_layers) - set(content_layers) if guides is None else set()
+        deepest = max(layers, key=_VGG19_MODULES.index)
+        found: dict[str, Any] = {}
+        x = image.to(self.dtype).expand(-1, 3, -1, -1)  # one channel is seen as grey
+        for number, block in enumerate(self.blocks[: _block_of(deepest)]):
+            names = block[: block.index(deepest) + 1] if deepest in block else block
+            compute = functools.partial(self._compute_block, names, layers, in_strips)
+            if number < strips:
+                halo = sum(name.startswith("conv") for name in names)
+                outputs, x = _compute_in_strips(compute, x, halo)
+            else:
+                outputs, x = compute(x, slice(None))
+            found |= outputs
+        whole = [layer for layer in style_layers if layer not in in_strips]
+        found_style = found | style_statistics(found, whole, guides)
+        content = {layer: found[layer] for layer in content_layers}
+        return content, {layer: found_style[layer] for layer in style_layers}
+
+    def _compute_block(
+        self,
+        names: Sequence[str],
+        layers: Collection[str],
+        statistics_of: Collection[str],
+        x: Tensor,
+        rows: slice,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """{layer: its features, or their statistics} of a block, and the next block's input.
+
+        ``rows`` are the rows of ``x`` to keep; the others are the halo of a strip.
+        """
+        outputs: dict[str, Any] = {}
+        for name in names:
+            if name.startswith("pool"):
+                x = x[:, :, rows]  # the convolutions are done: drop the halo
+                rows = slice(None)
+            x = self.network.get_submodule(name)(x)  # (1, C, h, w)
+            if name in layers:
+                inner = x[:, :, rows]
+                outputs[name] = _statistics_of(inner) if name in statistics_of else inner
+        return outputs, x[:, :, rows]
+
 
 # Images -------------------------------------------------------------------------------------------
 
 _Size = tuple[int, int]  # (H, W), in pixels
+_SMALLEST_SIDE = 16  # pixels: four poolings halve 16 to 1, the least that relu5_1 can work on
 _PADDING = 4  # pixels: enough, with conv1_1's own padding, for no frame to be seen
 _BLUR_SIGMA = 0.85  # pixels: neighbours count half as much as the pixel itself
-_LEAST_VARIANCE = 1e-5  # of colours: a standard deviation of about one level in 256
+_MOST_ON_CUDA = 8  # times: CUDA's filter gets too large for stronger shrinking; the CPU does it
 
-# CUDA cannot shrink an image by more than this factor, since its filter gets too large; then the
-# CPU does it.
-_MOST_ON_CUDA = 8
+# What makes an edge.
+_NEAR, _AROUND = 9, 21  # pixels: the sides of the squares that are compared
+_FAINT_SLOPE = 0.007  # per pixel, of the range of 1: an edge as steep as this counts half
 
 
 def _size_of(image: Tensor) -> _Size:
@@ -665,6 +647,30 @@ def _padded_pixels(size: _Size) -> int:
     return (height + 2 * _PADDING) * (width + 2 * _PADDING)
 
 
+def _edges(image: Tensor) -> Tensor:
+    """How much of an edge there is at each pixel of an image, 0 to 1: (1, 1, H, W).
+
+    An edge is steep, and steeper than what is around it. Faint texture, such as skin or ripples,
+    is not, nor is what fades beside an outline.
+    """
+    down, across = torch.gradient(image, dim=(2, 3))
+    steepness = (down.square() + across.square()).mean(1, keepdim=True)
+    near, around = (
+        nn.functional.avg_pool2d(steepness, side, 1, side // 2, count_include_pad=False)
+        for side in (_NEAR, _AROUND)
+    )
+    is_steep = near / (near + _FAINT_SLOPE**2)
+    stands_out = 2 * near / (near + around).clamp_min(_SMALLEST_NORM)
+    return is_steep * stands_out.clamp(max=1)
+
+
+# Colours and regions ------------------------------------------------------------------------------
+
+_LEAST_VARIANCE = 1e-5  # of colours: a standard deviation of about one level in 256
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+_Limits = tuple[float, float] | tuple[Tensor, Tensor]  # the least and the most a pixel may be
+
+
 def _covariance_power(pixels: Tensor, power: float, least: float) -> Tensor:
     """The covariance of (C, N) pixels to a power, (C, C); no eigenvalue is below ``least``."""
     channels = len(pixels)
@@ -690,6 +696,288 @@ def match_colors(image: Tensor, target: Tensor, part: Tensor | None = None) -> T
     return matched.to(image.dtype).view(image.shape).to(image.device)
 
 
+def _luminance(image: Tensor) -> Tensor:
+    """(1, 3, H, W) -> (1, 1, H, W)."""
+    shares = image.new_tensor(_LUMINANCE).view(1, 3, 1, 1)
+    return (image * shares).sum(1, keepdim=True)
+
+
+def _luminance_limits(photo: Tensor) -> tuple[Tensor, Tensor]:
+    """How dark and how light each pixel can get with all its channels in [0, 1]."""
+    luminance = _luminance(photo)
+    darkest_channel = photo.amin(1, keepdim=True)
+    headroom = 1 - photo.amax(1, keepdim=True)
+    return luminance - darkest_channel, luminance + headroom
+
+
+def _channels(image: Tensor, color: str) -> Tensor:
+    """What is painted of an image: all of it, or its luminance, (1, 1, H, W)."""
+    return _luminance(image) if color == "luminance" else image
+
+
+def _fit_mask(mask: Tensor, size: _Size) -> Tensor:
+    """A mask, (1, 3, h, w), at ``size``, (1, 1, H, W): by areas, so that 0 and 1 stay exact."""
+    grey = mask.mean(1, keepdim=True).cpu()  # not every device can do this
+    return nn.functional.interpolate(grey, tuple(size), mode="area")
+
+
+def _make_guides(masks: Tensor, layers: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """{layer: (R, 1, h, w)}, of mean square 1, for masks (R, 1, H, W) of an image's size."""
+    guides = {}
+    for layer in layers:
+        stride = 2 ** (_block_of(layer) - 1)  # each pool halves the sides
+        size = [side // stride for side in _size_of(masks)]
+        guide = nn.functional.interpolate(masks, size, mode="area")
+        guides[layer] = (guide / guide.square().mean((2, 3), keepdim=True).sqrt()).to(device)
+    return guides
+
+
+def _visible_pixels(image: Tensor, visible: Tensor | None) -> Tensor:
+    """The pixels of an image that a mask leaves visible, (1, 3, 1, N); without one, the image."""
+    if visible is None:
+        return image
+    weight = _fit_mask(visible, _size_of(image)).flatten()
+    chosen = (weight > weight.max() / 2).to(image.device)
+    return image.flatten(2)[:, :, None, chosen]
+
+
+def _fill_hidden(image: Tensor, visible: Tensor | None) -> Tensor:
+    """The image with the mean colour of what is visible where the mask, (1, 3, h, w), is black."""
+    if visible is None:
+        return image
+    weight = _fit_mask(visible, _size_of(image)).to(image)
+    mean = (image * weight).sum((2, 3), keepdim=True) / weight.sum().clamp_min(_SMALLEST_NORM)
+    return mean.lerp(image, weight)
+
+
+def _shares_of(masks: Sequence[Tensor], photo: Tensor) -> list[Tensor]:
+    """How much each mask counts at each pixel of the photo, (1, 1, H, W); at most 1 together."""
+    fitted = [_fit_mask(mask, _size_of(photo)).to(photo) for mask in masks]
+    total = torch.stack(fitted).sum(0).clamp_min(1)
+    return [mask / total for mask in fitted]
+
+
+def _recolor(
+    photo: Tensor, part: Tensor, palettes: Sequence[Tensor], shares: Sequence[float | Tensor]
+) -> Tensor:
+    """The photo, of which a part counts, in the palettes of the paintings, each by its share."""
+    recolored = photo * (1 - sum(shares))  # what no share claims stays as it is
+    for palette, share in zip(palettes, shares, strict=True):
+        recolored = recolored + share * match_colors(photo, palette, part).clamp(0, 1)
+    return recolored.clamp(0, 1)
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+_LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
+_NORMAL_STEPS = 100
+_STEPS = {"quick": 52, "normal": _NORMAL_STEPS, "best": 156}  # by quality
+
+# Painting at twice the size would leave too few steps, in the same time, for bold strokes.
+_SUPERSAMPLING = {"quick": 1.0, "normal": 1.25, "best": 1.5}
+_Config = TypeVar("_Config")
+
+
+def _shown(value: object) -> str:
+    """A value as an error message shows it: on one line, and not too long."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _must_be(allowed: str, accepts: Callable[[Any], bool]) -> AfterValidator:
+    """A rule for a setting that pydantic has no words for."""
+
+    def check(value: Any) -> Any:
+        if not accepts(value):
+            raise ValueError(allowed)
+        return value
+
+    return AfterValidator(check)
+
+
+def _sentence_of_problem(name: str, value: object, error: ValidationError) -> str:
+    """Pydantic's list of problems as one sentence: the setting, what is allowed, the value."""
+    problems = [problem for problem in error.errors() if problem["loc"][:1] in ((name,), ())]
+    words = [re.sub("^(Input should be|Value error,) ", "", p["msg"]) for p in problems]
+    return f"{name} must be {' or '.join(dict.fromkeys(words))}, not {_shown(value)}."
+
+
+def _check(name: str, value: object, kind: Any) -> None:
+    """Raise ``ValueError`` with the name, the value and what is allowed."""
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ValueError(_sentence_of_problem(name, value, error)) from None
+
+
+def _with_plain_errors(cls: type[_Config]) -> type[_Config]:
+    """The class, whose errors are one sentence; a setting that it does not have is a TypeError."""
+    validate = cls.__init__
+
+    @functools.wraps(validate)
+    def check(self: Any, **settings: Any) -> None:
+        known = [setting.name for setting in fields(cls)]  # type: ignore[arg-type]
+        for name in settings.keys() - set(known):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {close[0]}?" if close else "."
+            raise TypeError(f"there is no setting {name}{hint}")
+        try:
+            validate(self, **settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"]:  # a rule for several settings says it all
+                raise ValueError(first["msg"].removeprefix("Value error, ")) from None
+            name = str(first["loc"][0])
+            raise ValueError(_sentence_of_problem(name, settings[name], error)) from None
+
+    cls.__init__ = check  # type: ignore[method-assign,assignment]
+    return cls
+
+
+_Whole = Annotated[int, Field(ge=1, le=_LARGEST_NUMBER)]
+_Side = Annotated[int, Field(ge=_SMALLEST_SIDE, le=_LARGEST_NUMBER)]
+_FromZero = Annotated[float, Field(ge=0, le=_LARGEST_NUMBER, allow_inf_nan=False)]
+_AboveZero = Annotated[float, Field(gt=0, le=_LARGEST_NUMBER, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Layers = Annotated[
+    tuple[Literal[_LAYERS], ...],  # type: ignore[valid-type]
+    _must_be("a tuple of different layers", lambda names: 0 < len(names) == len(set(names))),
+    BeforeValidator(lambda names: tuple(names) if isinstance(names, list) else names),  # from JSON
+]
+_Proportions = Annotated[
+    Annotated[tuple[_FromZero, ...], _must_be("a tuple of numbers, not all of them 0", any)]
+    | Literal["equal"],
+    BeforeValidator(lambda shares: tuple(shares) if isinstance(shares, list) else shares),
+]
+_Weights = Annotated[
+    str,
+    _must_be("'auto', 'torchvision', 'bundled' or a path", bool),
+    BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path),
+]
+_Device = Annotated[
+    str,
+    _must_be(
+        "'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'xpu'",
+        lambda name: re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", name) is not None,
+    ),
+    BeforeValidator(lambda device: str(device) if isinstance(device, torch.device) else device),
+]
+
+
+@_with_plain_errors
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"strict": True})
+class StyleTransferConfig:
+    """Every setting of a run, checked when it is set.
+
+    ``dataclasses.replace(config, style_weight=200)`` gives a changed copy. A config can be compared
+    with ==, prints readably, and survives JSON: ``StyleTransferConfig(**json.loads(text))``.
+
+    Size and effort
+        max_size: long side in pixels, 16 and up, at which pictures are loaded. ``stylize`` paints
+            at the size of the photo it receives.
+        quality: "quick" (52 steps), "normal" (100) or "best" (156); "auto" is "best" on CUDA and
+            otherwise "normal". "normal" paints 1.25 times as large as the result and "best" 1.5
+            times. At 512 pixels, "quick" takes about a third of the time of "normal", and "best"
+            about five times as long as "normal".
+        num_steps: updates of the canvas, over all scales, 1 and up; "auto" goes by ``quality``.
+        scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop, at
+            the size of the result whatever the ``quality``.
+    Losses
+        content_weight: 0 and up, how much of the photo stays.
+        style_weight: 0 and up, how strongly the painting's style is matched.
+        tv_weight: 0 and up, total variation: how strongly differences between neighbouring
+            pixels are penalised.
+    The artist's settings
+        detail: 0 to 1, how much of the photo's fine detail is put back at each scale, where it
+            has edges.
+        color: which colours to use: "style" (the painting's), "content" (the photo's palette) or
+            "luminance" (the photo's colours, pixel by pixel: only light and dark are painted).
+        style_scale: above 0, the size of the strokes; 1 resizes the painting to the photo's long
+            side. Strokes do not get larger than they are in the file.
+        style_blend: with several paintings, one number for each, 0 and up, or "equal".
+        init: where the picture starts: "content", "noise" or "style".
+        noise: 0 and up, the standard deviation of the noise added to the start.
+        seed: 0 and up, the seed of the noise.
+    The method
+        optimizer: the paper's "lbfgs", or "adam".
+        learning_rate: above 0, roughly how far a pixel moves in a step (pixels range from 0 to 1)
+            at the finest scale; coarser ones move further. L-BFGS moves pixels by 0.2 of it on
+            average in the first step of each scale, and by at most 1.5 times it in later ones.
+        content_layers, style_layers: names of layers, from relu1_1 to relu5_4.
+        style_layer_weights: one number for each style layer, 0 and up, or "equal".
+        pooling: "max", or the paper's "average".
+        weights: where VGG19's weights come from: "auto", "torchvision", "bundled", or the path of
+            a file.
+    The machine
+        precision: dtype of the convolutions: "auto", "float32", "bfloat16" or "float16".
+        checkpoint: activation checkpointing. True computes VGG19 in strips, in a fraction of the
+            memory and about twice the time, and False never does; "auto" does so where memory is
+            short, and a number at scales whose long side has at least so many pixels.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps" or "xpu".
+
+    On the same CPU, with a precision and a checkpoint other than "auto", the same settings give
+    the same picture, bit for bit.
+
+    Raises ``ValueError`` with the setting, its value and what is allowed, and ``TypeError`` for a
+    setting that does not exist.
+    """
+
+    max_size: _Side = 512
+    quality: Literal["auto", "quick", "normal", "best"] = "auto"
+    num_steps: _Whole | Literal["auto"] = "auto"
+    scales: _Whole | Literal["auto"] = "auto"
+    content_weight: _FromZero = 5.0
+    style_weight: _FromZero = 100.0
+    tv_weight: _FromZero = 2.0
+    detail: _Share = 1.0
+    color: Literal["style", "content", "luminance"] = "style"
+    style_scale: _AboveZero = 1.0
+    style_blend: _Proportions = "equal"
+    init: Literal["content", "noise", "style"] = "content"
+    optimizer: Literal["lbfgs", "adam"] = "lbfgs"
+    learning_rate: _AboveZero = 0.02
+    content_layers: _Layers = ("relu4_2",)
+    # Departure: relu5_1 is left out. It sees whole things, such as the face in a portrait, and
+    # would paint them.
+    style_layers: _Layers = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
+    style_layer_weights: _Proportions = "equal"
+    pooling: Literal["max", "average"] = "max"
+    weights: _Weights = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    checkpoint: Literal["auto", True, False] | _Whole = "auto"
+    device: _Device = "auto"
+    noise: _FromZero = 0.0
+    seed: Annotated[int, Field(ge=0, le=_LARGEST_NUMBER)] = 0
+
+    def __post_init__(self) -> None:
+        if self.content_weight + self.style_weight == 0:
+            raise ValueError("content_weight and style_weight must not both be 0.")
+        weights, count = self.style_layer_weights, len(self.style_layers)
+        if weights != "equal" and len(weights) != count:
+            needed = f"'equal' or one number for each of the {count} style_layers"
+            raise ValueError(f"style_layer_weights must be {needed}, not {_shown(weights)}.")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The content layers and the style layers, each once."""
+        return tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
+
+    @property
+    def supersampling(self) -> float:
+        """How many times as large as the result, along each side, the picture is painted."""
+        return 1.0 if self.scales == 1 else _SUPERSAMPLING[self.resolve_quality().quality]
+
+    def resolve_quality(self, device: str | None = None) -> "StyleTransferConfig":
+        """The settings with the quality that "auto" means on a device, or on the one they name."""
+        if self.quality != "auto":
+            return self
+        name = device or self.device
+        is_cuda = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
+        return replace(self, quality="best" if is_cuda else "normal")
+
+
 # Optimizers ---------------------------------------------------------------------------------------
 
 _LBFGS_HISTORY = 4  # pairs; 10 were no better and used more memory
@@ -699,7 +987,43 @@ _LEAST_COSINE = 1e-8  # between the s and the y of a pair: below it, there is on
 _ADAM_BETAS = (0.7, 0.9)  # averages over fewer steps than usual, since each scale has few
 _ADAM_LAST_LR = 0.05  # of the learning rate, at the end of each scale
 _AVERAGE_DECAY = 0.5  # share of the old average that each step of Adam keeps
-_Limits = tuple[float, float] | tuple[Tensor, Tensor]  # the least and the most a pixel may be
+_FACTOR_CHANGE = 8  # after an overflow in float16
+_STEPS_TO_GROW = 20
+_LEAST_FACTOR = 8.0**-6
+
+
+class _Differentiator:
+    """Gives the gradient of a loss; in float16, of the loss times a factor, so that it fits.
+
+    As in torch's GradScaler, which needs an optimizer of torch's, the factor gets smaller after an
+    overflow, and larger again after a number of steps without one.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.is_half = dtype == torch.float16
+        self.factor = 1.0
+        self.steps = 0  # since the factor last changed
+
+    def gradient(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
+        """The gradient; ``None`` after an overflow, with a smaller factor from now on.
+
+        The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive half
+        precision. The optimizers ignore the scale. Raises ``FloatingPointError`` if the loss itself
+        is a NaN or an infinity, or if smaller factors do not help.
+        """
+        factor = self.factor
+        (gradient,) = torch.autograd.grad(loss * (canvas.numel() * factor), canvas)
+        # The one wait for a GPU in a step. Squares: the optimizers' dot products stay finite too.
+        size = gradient.square().sum() + loss
+        self.steps += 1
+        if math.isfinite(size.item()):
+            if factor < 1 and self.steps == _STEPS_TO_GROW:
+                self.factor, self.steps = factor * _FACTOR_CHANGE, 0
+            return gradient if factor == 1 else gradient / factor
+        self.factor, self.steps = factor / _FACTOR_CHANGE, 0
+        if not self.is_half or not loss.isfinite() or self.factor < _LEAST_FACTOR:
+            raise FloatingPointError
+        return None
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
@@ -835,20 +1159,16 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
 _LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
 
-# At the finest scale: the first layer that is not looked at, and the one for the content instead.
-_FIRST_DEEP_LAYER, _SHALLOW_CONTENT_LAYER = "relu4_1", "relu3_1"
-
-# What makes an edge.
-_NEAR, _AROUND = 9, 21  # pixels: the sides of the squares that are compared
-_FAINT_SLOPE = 0.007  # per pixel, of the range of 1: an edge as steep as this counts half
+# At the finest scale: the first block that is not looked at, and the layer for the content instead.
+_FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 
 
 @dataclass(frozen=True)
 class Scale:
     """One of the sizes that are painted, with its number of steps and its learning rate.
 
-    ``strips`` says how many blocks of VGG19 are computed in strips to save memory: see part II.
-    With ``is_shallow``, only the first three blocks are looked at: see ``_layers_at``.
+    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. With
+    ``is_shallow``, only the first three blocks are looked at: see ``_layers_at``.
     """
 
     size: _Size
@@ -871,7 +1191,7 @@ def _sizes_to_paint(
     Departure: with ``supersampling``, the finest is larger than the result, and is shrunk to it at
     the end. Shrinking removes what is finer than a stroke: dots and hairlines in skies.
     """
-    most_scales = num_steps if config.scales == "auto" else min(int(config.scales), num_steps)
+    most_scales = num_steps if config.scales == "auto" else min(config.scales, num_steps)
     smallest = _SMALLEST_LONG_SIDE if config.scales == "auto" else _SMALLEST_SIDE
     if start is not None:
         smallest = max(smallest, *_size_of(start))
@@ -886,22 +1206,14 @@ def _sizes_to_paint(
 
 
 def _share_out(num_steps: int, count: int) -> list[int]:
-    """The steps of each of ``count`` scales, coarse to fine.
+    """The steps of each of ``count`` scales, coarse to fine: 10 : 2 : ... : 2 : 1.
 
-    The first _NORMAL_STEPS are shared 10 : 2 : ... : 2 : 1. Further steps go half each to the two
-    finest scales: more at the coarsest would distort faces, which later scales cannot repair.
+    Example: ``_share_out(100, 3)`` is ``[76, 16, 8]``.
     """
     shares = [_COARSEST_SHARE] + [_OTHER_SHARE] * (count - 2) + [_FINEST_SHARE]
     shares = shares[:count]  # a single scale is the coarsest
-    normal_steps = min(num_steps, _NORMAL_STEPS)
-    ends = [normal_steps * total // sum(shares) for total in itertools.accumulate(shares)]
-    steps = [end - begin for begin, end in itertools.pairwise([0, *ends])]
-    more_steps = num_steps - normal_steps
-    if count > 1:
-        steps[-2] += more_steps // 2
-        more_steps -= more_steps // 2
-    steps[-1] += more_steps
-    return steps
+    ends = [num_steps * total // sum(shares) for total in itertools.accumulate(shares)]
+    return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
 
 def plan_scales(
@@ -912,101 +1224,41 @@ def plan_scales(
     Departure: a run has several scales. Small ones, where a step is cheap, settle the large
     shapes. Each has half the height and width of the next, and none is smaller than ``start``, a
     picture to go on from.
+
+    Steps above _NORMAL_STEPS go half each to the two finest sizes: more at the coarsest would
+    distort faces, which later scales cannot repair. At the finest they come before its shallow
+    steps, as a scale of their own that looks at all layers.
     """
-    num_steps = _STEPS[config.quality] if config.num_steps == "auto" else int(config.num_steps)
+    config = config.resolve_quality()
+    num_steps = _STEPS[config.quality] if config.num_steps == "auto" else config.num_steps
     sizes = _sizes_to_paint(size, num_steps, config, start)
-    steps = _share_out(num_steps, len(sizes))
+    steps = _share_out(min(num_steps, _NORMAL_STEPS), len(sizes))
+    more_steps = num_steps - sum(steps)
+    if len(sizes) > 1:
+        steps[-2] += more_steps - more_steps // 2
+        more_steps //= 2
     scales = []
-    for number, steps_here in enumerate(steps):
+    for number, size_here in enumerate(sizes):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        is_finest = finer_scales == 0 and len(sizes) > 1
-        is_shallow = is_finest and num_steps <= _NORMAL_STEPS and config.optimizer == "lbfgs"
-        scales.append(Scale(sizes[number], steps_here, lr, is_shallow=is_shallow))
+        scales.append(Scale(size_here, steps[number], lr))
+    has_shallow = len(sizes) > 1 and config.optimizer == "lbfgs"
+    deep = replace(scales[-1], steps=more_steps + (0 if has_shallow else steps[-1]))
+    shallow = replace(scales[-1], steps=steps[-1] if has_shallow else 0, is_shallow=True)
+    scales = [*scales[:-1], deep, shallow]
     return [scale for scale in scales if scale.steps > 0]  # of very few steps, some get none
 
 
-def _blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
-    """The weight of each of ``count`` paintings; they add up to 1."""
-    if isinstance(config.style_blend, str):
-        return [1 / count] * count
-    return [weight / sum(config.style_blend) for weight in config.style_blend]
-
-
-class _Regions(NamedTuple):
-    """Where each of R paintings goes, at one scale: see part II."""
-
-    guides: _Features  # {layer: (R, 1, h, w)}, how much each position counts
-    shares: Sequence[float]  # R numbers: how much each region counts
-
-
-class _Layers(NamedTuple):
-    """Which layers are compared at one scale."""
-
-    content: Sequence[str]
-    style: Sequence[str]
-    style_weights: Sequence[float]
-
-
-def _layers_at(scale: Scale, config: StyleTransferConfig) -> _Layers:
-    """The layers of ``config``; at a shallow scale, those of the first three blocks.
-
-    Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
-    layers see, and without those, half as many steps again take the same time. relu3_1 then
-    takes the place of the content layers. With more steps than normal, as for "best", no scale is
-    shallow: many steps without deep layers would make the grain too strong. Nor with Adam, which
-    needs them all the time.
-    """
-    style, weights = config.style_layers, config.style_layer_weights
-    if not scale.is_shallow:
-        return _Layers(config.content_layers, style, weights)
-    content = [layer for layer in config.content_layers if layer < _FIRST_DEEP_LAYER]
-    used = {layer: weight for layer, weight in zip(style, weights, strict=True) if weight > 0}
-    shallow = {layer: weight for layer, weight in used.items() if layer < _FIRST_DEEP_LAYER}
-    kept = shallow or used  # where all are deep, they stay
-    return _Layers(content or [_SHALLOW_CONTENT_LAYER], list(kept), list(kept.values()))
-
-
-class _Targets(NamedTuple):
-    """What the network should see in the picture, at one scale."""
-
-    content: _Features  # {layer: (1, C, h, w)}
-    style: Mapping[str, Statistics]
-    style_weights: Sequence[float]
-    region_shares: Sequence[float]
-
-
-def _calculate_losses(
-    targets: _Targets,
-    config: StyleTransferConfig,
-    canvas: Tensor,
-    features: _Features,
-    statistics: Mapping[str, Statistics],
-) -> dict[str, Tensor]:
-    """{"content", "style", "tv", "total"}, 0-d each.
-
-    The total is equation 7 of the paper, α × content + β × style, plus total variation.
-    """
-    content = calculate_content_loss(features, targets.content)
-    weights, shares = targets.style_weights, targets.region_shares
-    style = calculate_style_loss(statistics, targets.style, weights, shares)
-    tv = total_variation_loss(canvas)
-    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
-    return {"content": content, "style": style, "tv": tv, "total": total}
-
-
-# Takes the canvas, its features and its statistics; gives the losses by their names.
-_Losses = Callable[[Tensor, _Features, Mapping[str, Statistics]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
     """All that a run needs: checked pictures, settings, a network, and the scales to paint.
 
-    Part II overrides some of the methods for its options.
-
     content: the photo, (1, 3, H, W); the result has its size.
     styles: the paintings, one or more, each (1, 3, H, W).
+    masks: one for each painting, (1, 3, h, w), white where it goes; none blends them everywhere.
+    visible: one for each painting, white where its style is taken from; ``None`` is everywhere.
+    cutout: white where the photo is visible, if it is cut out; what is hidden counts nowhere.
+    keep: white where the photo stays as it is.
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
@@ -1018,67 +1270,15 @@ class Job:
     config: StyleTransferConfig
     network: VGG19Features
     scales: Sequence[Scale]
+    masks: Sequence[Tensor] = ()
+    visible: Sequence[Tensor | None] = ()
+    cutout: Tensor | None = None
+    keep: Tensor | None = None
     start: Tensor | None = None
     picture: Tensor | None = None
     steps_done: int = 0
     progress: float = 0.0
     notes: tuple[str, ...] = ()
-
-    def match_palettes(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """The photo in the palette of the paintings, and the paintings; part II has other colours.
-
-        Departure: the palette is matched before the first step, which leaves the steps for strokes.
-        """
-        weights = _blend_weights(self.config, len(self.styles))
-        matched = [match_colors(self.content, style).clamp(0, 1) for style in self.styles]
-        return _weighted_sum(matched, weights).clamp(0, 1), self.styles
-
-    def channels(self, image: Tensor) -> Tensor:
-        """The channels that are painted: here, all three."""
-        return image
-
-    def network_at(self, scale: Scale) -> VGG19Features:
-        """The network to look through."""
-        return self.network
-
-    def regions_at(self, scale: Scale) -> _Regions | None:
-        """Where each painting goes; ``None`` blends them everywhere."""
-        return None
-
-    def guides_of(self, number: int, size: _Size) -> _Features | None:
-        """How much each position of a painting counts, seen at ``size``; ``None``: all the same."""
-        return None
-
-    def limits_at(self, scale: Scale) -> _Limits:
-        """The bounds of a pixel's values."""
-        return 0.0, 1.0
-
-    def losses_from(self, targets: _Targets) -> _Losses:
-        """What calculates the losses of a canvas, from what the network sees in it."""
-        return functools.partial(_calculate_losses, targets, self.config)
-
-    def optimizer_for(self, scale: Scale, canvas: Tensor) -> _LBFGS | _Adam:
-        """The optimizer that ``config.optimizer`` names."""
-        limits = self.limits_at(scale)
-        if self.config.optimizer == "adam":
-            return _Adam(canvas, scale.lr, scale.steps, limits)
-        # Where strips save memory, this does too: bfloat16's 8 bits are enough for a history.
-        history_dtype = torch.bfloat16 if scale.strips > 0 else torch.float32
-        return _LBFGS(canvas, scale.lr, limits, history_dtype)
-
-    def differentiate(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
-        """The gradient of the loss; in part II, ``None`` if the step must be repeated.
-
-        The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive half
-        precision. The optimizers ignore the scale.
-        """
-        (gradient,) = torch.autograd.grad(loss * canvas.numel(), canvas)
-        return gradient
-
-    def finish(self, picture: Tensor) -> Tensor:
-        """The picture to show: shrunk to the size of the photo if it is larger."""
-        is_larger = max(_size_of(picture)) > max(_size_of(self.content))
-        return resize(picture, _size_of(self.content)) if is_larger else picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -1091,7 +1291,7 @@ class Step:
     losses: {"content", "style", "tv", "total"}, 0-d each, of the canvas before this step.
     picture: the picture at the size of its scale, before it is shrunk to ``image``.
     job: what is being painted, and with which settings.
-    strength: of the result, where the photo is mixed into ``image``: see ``blend_with_photo``.
+    strength: how much of the image is the picture, 0 to 1; the rest is the photo.
     """
 
     number: int
@@ -1102,6 +1302,36 @@ class Step:
     picture: Tensor
     job: Job
     strength: float = 1.0
+
+
+def _blend_weights(config: StyleTransferConfig, count: int) -> list[float]:
+    """The weight of each of ``count`` paintings; they add up to 1."""
+    blend = config.style_blend
+    shares: Sequence[float] = [1.0] * count if blend == "equal" else blend
+    return [share / sum(shares) for share in shares]
+
+
+def _match_palettes(job: Job) -> tuple[Tensor, list[Tensor]]:
+    """The photo in the palette of the paintings, and the paintings; or the other way round.
+
+    Departure: the palette is matched before the first step, which leaves the steps for strokes.
+    With masks, each painting's palette goes where its mask is white.
+    """
+    color = job.config.color
+    photo = _visible_pixels(job.content, job.cutout)
+    seen = list(itertools.zip_longest(job.styles, job.visible))
+    parts = [_visible_pixels(style, visible) for style, visible in seen]
+    styles = [_fill_hidden(style, visible) for style, visible in seen]
+    if color == "style":
+        weights = _blend_weights(job.config, len(styles))
+        shares = _shares_of(job.masks, job.content) if job.masks else weights
+        return _recolor(job.content, photo, parts, shares), styles
+    photo = _channels(photo, color)
+    of_photo = [
+        match_colors(_channels(style, color), photo, _channels(part, color)).clamp(0, 1)
+        for style, part in zip(styles, parts, strict=True)
+    ]
+    return job.content, of_photo
 
 
 def _enlarge_for_supersampling(style: Tensor, size: _Size, config: StyleTransferConfig) -> Tensor:
@@ -1132,24 +1362,7 @@ def _first_picture(job: Job, content: Tensor, styles: Sequence[Tensor]) -> Tenso
     else:
         start = content
     noisy = resize(start, size) + config.noise * noise
-    return job.channels(noisy.clamp(0, 1))
-
-
-def _edges(image: Tensor) -> Tensor:
-    """How much of an edge there is at each pixel of an image, 0 to 1: (1, 1, H, W).
-
-    An edge is steep, and steeper than what is around it. Faint texture, such as skin or ripples,
-    is not, nor is what fades beside an outline.
-    """
-    down, across = torch.gradient(image, dim=(2, 3))
-    steepness = (down.square() + across.square()).mean(1, keepdim=True)
-    near, around = (
-        nn.functional.avg_pool2d(steepness, side, 1, side // 2, count_include_pad=False)
-        for side in (_NEAR, _AROUND)
-    )
-    is_steep = near / (near + _FAINT_SLOPE**2)
-    stands_out = 2 * near / (near + around).clamp_min(_SMALLEST_NORM)
-    return is_steep * stands_out.clamp(max=1)
+    return _channels(noisy.clamp(0, 1), config.color)
 
 
 def _start_canvas(picture: Tensor, content: Tensor, config: StyleTransferConfig) -> Tensor:
@@ -1168,65 +1381,178 @@ def _start_canvas(picture: Tensor, content: Tensor, config: StyleTransferConfig)
     return _pad(canvas).contiguous().requires_grad_()
 
 
-def _find_targets(
-    network: VGG19Features,
-    content: Tensor,
-    styles: Sequence[Tensor],
-    job: Job,
-    layers: _Layers,
-    regions: _Regions | None,
-) -> _Targets:
-    """The features of the photo, and the statistics of the paintings, at the size of ``content``.
+def _layers_at(
+    scale: Scale, config: StyleTransferConfig
+) -> tuple[Sequence[str], Mapping[str, float]]:
+    """The content layers, and {style layer: its weight}; if shallow, of the first three blocks.
+
+    Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
+    layers see, and without those, half as many steps again take the same time. relu3_1 then
+    takes the place of the content layers. Its steps are few: many steps without deep layers would
+    make the grain too strong. Adam needs deep layers all the time.
+    """
+    equal = [1.0] * len(config.style_layers)
+    weights = equal if config.style_layer_weights == "equal" else config.style_layer_weights
+    style = dict(zip(config.style_layers, weights, strict=True))
+    if not scale.is_shallow:
+        return config.content_layers, style
+    content = [name for name in config.content_layers if _block_of(name) < _FIRST_DEEP_BLOCK]
+    used = {layer: weight for layer, weight in style.items() if weight > 0}
+    shallow = {name: used[name] for name in used if _block_of(name) < _FIRST_DEEP_BLOCK}
+    return content or [_SHALLOW_CONTENT_LAYER], shallow or used  # where all are deep, they stay
+
+
+class _Scene(NamedTuple):
+    """What the canvas is compared with at one scale, and how far its pixels may go."""
+
+    content: _Features  # {layer: (1, C, h, w)}: what the network sees in the photo
+    style: Mapping[str, Statistics]  # {layer: those of the paintings}
+    layer_weights: Sequence[float]  # of the style
+    content_guides: _Features | None  # {layer: (1, 1, h, w)}: where the photo is visible
+    guides: _Features | None  # {layer: (R, 1, h, w)}: where each painting goes
+    region_shares: Sequence[float] | None  # how much each region counts
+    limits: _Limits
+
+
+def _make_regions(
+    job: Job, scale: Scale, layers: Iterable[str]
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The guides that masks and a cut-out make of a padded canvas, and the share of each region.
+
+    Departure from Gatys et al. (2017), section 4: a region counts by its area, so that small ones
+    are not painted more strongly.
+    """
+    whole = torch.ones(1, 1, *scale.size)
+    shown = whole if job.cutout is None else _fit_mask(job.cutout, scale.size)
+    regions = [_fit_mask(mask, scale.size) for mask in job.masks] or [whole]
+    masks = _pad(torch.cat(regions) * shown)
+    guides = _make_guides(masks, layers, job.content.device)
+    if not job.masks:
+        return guides, [1.0]  # all paintings together
+    blend = _blend_weights(job.config, len(job.masks))
+    paintings_used = sum(weight > 0 for weight in blend)  # equal weights count once each
+    areas = (masks.square().mean((1, 2, 3)) / _pad(shown).square().mean()).tolist()
+    return guides, [w * paintings_used * area for w, area in zip(blend, areas, strict=True)]
+
+
+def _see_styles(
+    job: Job, scale: Scale, styles: Sequence[Tensor], layers: Collection[str]
+) -> dict[str, Statistics]:
+    """The statistics of the paintings, as large as their strokes will be.
 
     Several paintings are blended, at no cost per step, or have a region each.
     """
-    config = job.config
-    features, _ = network.look(_pad(content), layers.content)
-    long_side = round(config.style_scale * max(_size_of(content)))
+    long_side = round(job.config.style_scale * max(scale.size))
     seen = []
-    for number, style in enumerate(styles):
+    for style, visible in itertools.zip_longest(styles, job.visible):
         shrunk = shrink_to(style, long_side)
-        guides = job.guides_of(number, _size_of(shrunk))
-        _, statistics = network.look(shrunk, (), layers.style, guides)
+        guides = None
+        if visible is not None:
+            mask = _fit_mask(visible, _size_of(shrunk))
+            guides = _make_guides(mask, layers, job.content.device)
+        _, statistics = job.network.look(shrunk, (), layers, guides, scale.strips)
         seen.append(statistics)
-    blend = functools.partial(_weighted_mean, weights=_blend_weights(config, len(styles)))
-    combine = blend if regions is None else torch.cat
+    weights = _blend_weights(job.config, len(styles))
+    blend = functools.partial(_weighted_mean, weights=weights)
+    combine = torch.cat if job.masks else blend
     targets = {}
-    for layer in layers.style:
+    for layer in layers:
         grams, means = zip(*(statistics[layer] for statistics in seen), strict=True)
         targets[layer] = Statistics(combine(grams), combine(means))
-    shares = (1.0,) if regions is None else regions.shares
-    return _Targets(features, targets, layers.style_weights, shares)
+    return targets
+
+
+def _set_scene(job: Job, scale: Scale, content: Tensor, styles: Sequence[Tensor]) -> _Scene:
+    """The features of the photo, ``content``, and the statistics of the paintings, at a scale."""
+    layers, weights = _layers_at(scale, job.config)
+    features, _ = job.network.look(_pad(content), layers, strips=scale.strips)
+    targets = _see_styles(job, scale, styles, weights)
+    content_guides, guides, shares = None, None, None
+    if job.cutout is not None:
+        shown = _pad(_fit_mask(job.cutout, scale.size))
+        content_guides = _make_guides(shown, layers, job.content.device)
+    if job.masks or job.cutout is not None:
+        guides, shares = _make_regions(job, scale, weights)
+    limits: _Limits = (0.0, 1.0)
+    if job.config.color == "luminance":
+        darkest, lightest = _luminance_limits(resize(job.content, scale.size))
+        limits = _pad(darkest), _pad(lightest)
+    layer_weights = list(weights.values())
+    return _Scene(features, targets, layer_weights, content_guides, guides, shares, limits)
+
+
+def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> _LBFGS | _Adam:
+    """The optimizer that ``config.optimizer`` names."""
+    if job.config.optimizer == "adam":
+        return _Adam(canvas, scale.lr, scale.steps, limits)
+    # Where strips save memory, this does too: bfloat16's 8 bits are enough for a history.
+    history_dtype = torch.bfloat16 if scale.strips > 0 else torch.float32
+    return _LBFGS(canvas, scale.lr, limits, history_dtype)
+
+
+def _calculate_losses(
+    config: StyleTransferConfig,
+    scene: _Scene,
+    canvas: Tensor,
+    features: _Features,
+    statistics: Mapping[str, Statistics],
+) -> dict[str, Tensor]:
+    """{"content", "style", "tv", "total"}, 0-d each.
+
+    The total is equation 7 of the paper, α × content + β × style, plus total variation.
+    """
+    content = calculate_content_loss(features, scene.content, scene.content_guides)
+    weights, shares = scene.layer_weights, scene.region_shares
+    style = calculate_style_loss(statistics, scene.style, weights, shares)
+    tv = total_variation_loss(canvas)
+    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+    return {"content": content, "style": style, "tv": tv, "total": total}
+
+
+def _finish(job: Job, picture: Tensor) -> Tensor:
+    """The picture to show: not larger than the photo, and with what is kept of the photo."""
+    is_larger = max(_size_of(picture)) > max(_size_of(job.content))
+    picture = resize(picture, _size_of(job.content)) if is_larger else picture
+    if job.config.color != "luminance" and job.keep is None:
+        return picture
+    photo = resize(job.content, _size_of(picture))
+    if job.config.color == "luminance":
+        picture = picture.clamp(*_luminance_limits(photo))  # shrinking can overshoot
+        picture = (photo + picture - _luminance(photo)).clamp(0, 1)  # against rounding
+    if job.keep is not None:
+        picture = picture.lerp(photo, _fit_mask(job.keep, _size_of(photo)).to(photo))
+    return picture
 
 
 @torch.no_grad()
 def paint(job: Job) -> Iterator[Step]:
-    """The method: optimise the pixels of a picture, from coarse to fine. Yields each step."""
-    config = job.config
-    content, styles = job.match_palettes()
+    """The method: optimise the pixels of a picture, from coarse to fine. Yields each step.
+
+    If memory runs out, an error ends this loop, and ``_with_fallbacks``, in part II, begins it
+    again from the last good step: with VGG19 computed in strips, or else at half the pixels.
+    """
+    config, network = job.config, job.network
+    content, styles = _match_palettes(job)
     styles = [_enlarge_for_supersampling(style, _size_of(content), config) for style in styles]
     picture = _first_picture(job, content, styles) if job.picture is None else job.picture
+    differentiator = _Differentiator(network.dtype)
     total_steps = job.steps_done + sum(scale.steps for scale in job.scales)
     total_work = sum(scale.work for scale in job.scales)
     number, work = job.steps_done, 0
     for scale in job.scales:
-        content_here = job.channels(resize(content, scale.size))
-        network, regions = job.network_at(scale), job.regions_at(scale)
-        guides = None if regions is None else regions.guides
-        layers = _layers_at(scale, config)
-        targets = _find_targets(network, content_here, styles, job, layers, regions)
-        canvas = _start_canvas(picture, content_here, config)
-        calculate_losses = job.losses_from(targets)
-        optimizer = job.optimizer_for(scale, canvas)
+        photo = _channels(resize(content, scale.size), config.color)
+        scene = _set_scene(job, scale, photo, styles)
+        canvas = _start_canvas(picture, photo, config)
+        optimizer = _make_optimizer(job, scale, canvas, scene.limits)
         last = number + scale.steps
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
-                features, statistics = network.look(canvas, layers.content, layers.style, guides)
+                seen = network.look(canvas, scene.content, scene.style, scene.guides, scale.strips)
                 # 2. How far is it from the photo, and from the style of the painting?
-                losses = calculate_losses(canvas, features, statistics)
+                losses = _calculate_losses(config, scene, canvas, *seen)
                 # 3. Which way must each pixel change?
-                gradient = job.differentiate(losses["total"], canvas)
+                gradient = differentiator.gradient(losses["total"], canvas)
             if gradient is None:
                 continue  # float16 overflowed: the same again, with a smaller factor
             # 4. Move.
@@ -1236,568 +1562,12 @@ def paint(job: Job) -> Iterator[Step]:
             work += _padded_pixels(scale.size)
             progress = job.progress + (1 - job.progress) * work / total_work
             losses = {name: loss.detach() for name, loss in losses.items()}
-            yield Step(number, total_steps, progress, job.finish(picture), losses, picture, job)
+            yield Step(number, total_steps, progress, _finish(job, picture), losses, picture, job)
 
 
 # ==================================================================================================
-# II. OPTIONS
+# II. THE MACHINE
 # ==================================================================================================
-
-# Less time and memory -----------------------------------------------------------------------------
-
-_ALL_BLOCKS = len(_VGG19_BLOCKS)
-_POSITIONS_AT_ONCE = 2**14  # multiplied at a time on a CPU: no full-size float32 copy is made
-_STRIP_ROWS = 64  # rows of a block's input computed at once; even, so pooling splits no pair
-_FLOAT16_REDUCTION = 64  # float16's maximum is 65,504, and some features reach 20,000
-
-
-def _is_gpu(device: torch.device) -> bool:
-    """Whether a step waits for Python: then a few large operations beat many small ones."""
-    return device.type != "cpu"
-
-
-def _split(rows: Tensor) -> Sequence[Tensor]:
-    """The rows to multiply at a time: on a GPU, all."""
-    at_once = rows.shape[1] if _is_gpu(rows.device) else _POSITIONS_AT_ONCE
-    return rows.split(at_once, dim=1)
-
-
-class _SumsOfProducts(torch.autograd.Function):
-    """FᵀF, (B, C, C), and the sums of the columns of F, (B, C), in float32, of F (B, N, C).
-
-    Autograd's own way makes a float32 copy of the features, which at relu1_1 (64 channels at full
-    size) is the largest tensor of a run in half precision, and its gradient has the wrong memory
-    layout for the convolutions.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        ctx.save_for_backward(rows)
-        found = [(part.mT @ part, part.sum(1)) for part in map(Tensor.float, _split(rows))]
-        products, sums = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
-        return products, sums
-
-    @staticmethod
-    def backward(ctx, of_products: Tensor, of_sums: Tensor) -> Tensor:  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
-        both_halves = of_products + of_products.mT  # FᵀF is symmetric: each product appears twice
-        result = torch.empty_like(rows)
-        for target, part in zip(_split(result), _split(rows), strict=True):
-            target.copy_(part.float() @ both_halves + of_sums[:, None])
-        return result
-
-
-def _fast_statistics(features: Tensor, guide: Tensor | None = None) -> Statistics:
-    """The same as ``style_statistics`` for one layer, (B, C, H, W), in less time and memory."""
-    weighted = features if guide is None else features * guide.to(features.dtype)
-    # Channels last is how the network's features are laid out in memory, so this copies nothing.
-    rows = weighted.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
-    products, sums = _SumsOfProducts.apply(rows)
-    gram, mean = products / rows.shape[1], sums / rows.shape[1]
-    if guide is not None:
-        mean = (features * guide.square().to(features.dtype)).float().mean((2, 3))
-    return Statistics(gram, mean)
-
-
-def _block_of(name: str) -> int:
-    """The block, 1 to 5, that a module such as ``relu4_2``, ``conv4_2`` or ``pool4`` belongs to."""
-    return int(name[4])  # conv, relu and pool all have four letters
-
-
-def _fold_normalization(weights: Weights) -> dict[str, Tensor]:
-    """The weights for images in [0, 1]: the first convolution normalises by itself.
-
-    That is exact up to the edge of the image, since its padding repeats the image instead of
-    adding zeros.
-    """
-    weight = weights.tensors["conv1_1.weight"]  # (64, 3, 3, 3)
-    std = torch.tensor(weights.std, dtype=torch.float64).view(1, 3, 1, 1)
-    shift = -torch.tensor(weights.mean, dtype=torch.float64).view(1, 3, 1, 1) / std
-    bias = weights.tensors["conv1_1.bias"] + (weight * shift.float()).sum((1, 2, 3))
-    folded = {"conv1_1.weight": weight * (1 / std).float(), "conv1_1.bias": bias}
-    return {**weights.tensors, **folded}
-
-
-def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for features that are 64 times smaller, in every layer.
-
-    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on, and
-    the losses, being relative, are unaffected.
-    """
-    reduced = dict(tensors)
-    for name, tensor in tensors.items():
-        if name == "conv1_1.weight" or name.endswith("bias"):
-            reduced[name] = tensor / _FLOAT16_REDUCTION
-    return reduced
-
-
-def _join_strips(parts: Sequence[Any], rows: Sequence[int]) -> Any:
-    """Features one below the other; of statistics, which are means over rows, their mean."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), dim=2)
-    grams, means = zip(*parts, strict=True)
-    return Statistics(_weighted_mean(grams, rows), _weighted_mean(means, rows))
-
-
-def _compute_in_strips(
-    compute: Callable[[Tensor, slice], tuple[dict[str, Any], Tensor]], x: Tensor, halo: int
-) -> tuple[dict[str, Any], Tensor]:
-    """What ``compute(x, all rows)`` gives, a strip at a time.
-
-    Only the result of each strip is kept; the gradient recomputes the rest. ``halo`` is the number
-    of convolutions, since each 3 x 3 filter reaches one row further::
-
-        first   ┌───────────────┐   the halo above: computed, then dropped
-        start   ├───────────────┤
-                │ the strip     │
-        end     ├───────────────┤
-        last    └───────────────┘   the halo below
-    """
-    height = x.shape[2]
-    starts = range(0, max(1, height - 1), _STRIP_ROWS)  # pooling needs two rows in the last one
-    found, inputs, rows = [], [], []
-    for start, end in itertools.pairwise([*starts, height]):
-        first, last = max(0, start - halo), min(height, end + halo)
-        inner = slice(start - first, end - first)
-        outputs, following = torch.utils.checkpoint.checkpoint(
-            compute, x[:, :, first:last], inner, use_reentrant=False
-        )
-        found.append(outputs)
-        inputs.append(following)
-        rows.append(end - start)
-    joined = {name: _join_strips([outputs[name] for outputs in found], rows) for name in found[0]}
-    return joined, torch.cat(inputs, dim=2)
-
-
-class _FastVGG19(VGG19Features):
-    """The same as ``VGG19Features`` to rounding: the version that a run uses.
-
-    The normalisation is folded into the first convolution, and maximum pooling comes before the
-    ReLU, which then does a quarter of the work. ``dtype`` is that of the convolutions. ``strips``
-    is the number of blocks, from the first, that are computed in strips, and again for the
-    gradient: with all five, that takes a fraction of the memory and about twice the time.
-    """
-
-    def __init__(
-        self,
-        weights: Weights,
-        layers: Collection[str],
-        pooling: str = "max",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        tensors = _fold_normalization(weights)
-        if dtype == torch.float16:
-            tensors = _reduce_for_float16(tensors)
-        super().__init__(replace(weights, tensors=tensors), layers, pooling)
-        self.strips = 0
-        names = [name for name, _ in self.network.named_children()]
-        self.blocks = [list(block) for _, block in itertools.groupby(names, _block_of)]
-        for block in self.blocks:
-            # The maximum of rectified numbers is the rectified maximum, to the bit.
-            if pooling == "max" and block[-1].startswith("pool") and block[-2] not in layers:
-                block[-2:] = block[-1], block[-2]
-        self.to(dtype)
-        self.to(memory_format=torch.channels_last)  # the fastest layout
-
-    def in_strips(self, strips: int) -> "_FastVGG19":
-        """A copy that computes so many blocks in strips, and shares the weights."""
-        network = copy.copy(self)
-        network.strips = strips
-        return network
-
-    def forward(self, image: Tensor, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The features of ``layers``; by default, of all the network's layers."""
-        return self._compute(image, layers or self.layers, ())
-
-    def look(
-        self,
-        image: Tensor,
-        content_layers: Collection[str] = (),
-        style_layers: Collection[str] = (),
-        guides: _Features | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
-        """The features of an image in some layers, and its ``style_statistics`` in others."""
-        # Guides need whole features. Otherwise statistics are made strip by strip, except in a
-        # layer that serves the content too.
-        in_strips = set(style_layers) - set(content_layers) if guides is None else set()
-        found = self._compute(image, {*content_layers, *style_layers}, in_strips)
-        statistics = {}
-        for layer in style_layers:
-            guide = None if guides is None else guides[layer]
-            is_done = layer in in_strips
-            statistics[layer] = found[layer] if is_done else _fast_statistics(found[layer], guide)
-        return {layer: found[layer] for layer in content_layers}, statistics
-
-    def _compute(
-        self, image: Tensor, layers: Collection[str], statistics_of: Collection[str]
-    ) -> dict[str, Any]:
-        """{layer: its features, or their statistics}."""
-        deepest = max(layers, key=_VGG19_MODULES.index)
-        found: dict[str, Any] = {}
-        x = image.to(self.dtype).expand(-1, 3, -1, -1)  # one channel is seen as grey
-        for number, block in enumerate(self.blocks):
-            if deepest in block:
-                block = block[: block.index(deepest) + 1]
-            compute = functools.partial(self._compute_block, block, layers, statistics_of)
-            if number < self.strips:
-                convolutions = sum(name.startswith("conv") for name in block)
-                outputs, x = _compute_in_strips(compute, x, halo=convolutions)
-            else:
-                outputs, x = compute(x, slice(None))
-            found.update(outputs)
-            if deepest in block:
-                break
-        return {layer: found[layer] for layer in layers}
-
-    def _compute_block(
-        self,
-        block: Sequence[str],
-        layers: Collection[str],
-        statistics_of: Collection[str],
-        x: Tensor,
-        rows: slice,
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The wanted outputs of ``block``, and the next block's input.
-
-        ``rows`` are the rows of ``x`` to keep; the others are the halo of a strip.
-        """
-        outputs: dict[str, Any] = {}
-        for name in block:
-            if name.startswith("pool"):
-                x = x[:, :, rows]  # the convolutions are done: drop the halo
-                rows = slice(None)
-            x = self.network.get_submodule(name)(x)  # (1, C, h, w)
-            if name in layers:
-                inner = x[:, :, rows]
-                outputs[name] = _fast_statistics(inner) if name in statistics_of else inner
-        return outputs, x[:, :, rows]
-
-
-# Fewer operations on a GPU ------------------------------------------------------------------------
-
-
-class _Covariance(torch.autograd.Function):
-    """C = G − μμᵀ of (R, C, C) and (R, C), with a gradient in two operations; G is symmetric."""
-
-    @staticmethod
-    def forward(ctx, gram: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(mean)
-        return torch.baddbmm(gram, mean[:, :, None], mean[:, None, :], alpha=-1)
-
-    @staticmethod
-    def backward(ctx, of_covariance: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        (mean,) = ctx.saved_tensors
-        column = mean[:, :, None]
-        of_mean = torch.baddbmm(column, of_covariance, column, beta=0, alpha=-2)
-        return of_covariance, of_mean[:, :, 0]
-
-
-def _squared_distance(value: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.mse_loss(value, target, reduction="sum")
-
-
-class _FastLosses:
-    """The same as ``_calculate_losses`` to rounding; what a scale does not change is built once.
-
-    The statistics of all layers and regions are one long vector. Each of its numbers is multiplied
-    by the root of what it counts, so that the style loss is one squared distance.
-    """
-
-    def __init__(self, targets: _Targets, config: StyleTransferConfig) -> None:
-        self.content = {layer: target.float() for layer, target in targets.content.items()}
-        self.content_weights = {}
-        for layer, target in self.content.items():
-            norm = target.square().sum().clamp_min(_SMALLEST_NORM)
-            self.content_weights[layer] = 1 / (norm * len(self.content))
-        self.layers = list(targets.style)
-        self.roots = self._weigh(targets).sqrt()
-        self.style = self._join(targets.style)
-        weights = (config.content_weight, config.style_weight, config.tv_weight)
-        self.weights = self.style.new_tensor(weights)
-
-    def __call__(
-        self, canvas: Tensor, features: _Features, statistics: Mapping[str, Statistics]
-    ) -> dict[str, Tensor]:
-        """{"content", "style", "tv", "total"}, 0-d each."""
-        distances = [
-            _squared_distance(features[layer].float(), target) * self.content_weights[layer]
-            for layer, target in self.content.items()
-        ]
-        content = functools.reduce(torch.add, distances)
-        style = _squared_distance(self._join(statistics), self.style)
-        across = nn.functional.mse_loss(canvas[..., 1:], canvas[..., :-1])
-        down = nn.functional.mse_loss(canvas[..., 1:, :], canvas[..., :-1, :])
-        tv = across + down
-        total = torch.dot(torch.stack([content, style, tv]), self.weights)
-        return {"content": content, "style": style, "tv": tv, "total": total}
-
-    def _join(self, statistics: Mapping[str, Statistics]) -> Tensor:
-        """The covariances and the means of all layers and regions, as one weighted vector."""
-        parts = []
-        for layer in self.layers:
-            gram, mean = statistics[layer]
-            parts += [_Covariance.apply(gram, mean).flatten(), mean.flatten()]
-        return torch.cat(parts) * self.roots
-
-    def _weigh(self, targets: _Targets) -> Tensor:
-        """What each number of that vector counts."""
-        weights = []
-        for layer, weight in zip(self.layers, targets.style_weights, strict=True):
-            share_of_layer = weight / sum(targets.style_weights)
-            gram, mean = targets.style[layer]
-            for target in (_Covariance.apply(gram, mean), mean):
-                shares = share_of_layer * target.new_tensor(targets.region_shares)  # (R,)
-                norms = target.flatten(1).square().sum(1).clamp_min(_SMALLEST_NORM)
-                weights.append((shares / norms).repeat_interleave(target[0].numel()))
-        return torch.cat(weights)
-
-
-class _StackedLBFGS(_LBFGS):
-    """The same as ``_LBFGS`` to rounding, with s, y and the gradient as the rows of one matrix.
-
-    All their dot products are one matrix product, and one copy to the CPU. There the two-loop
-    recursion finds how much of each row makes the direction, which is a second product: Chen, Wang
-    and Zhou, "Large-scale L-BFGS using MapReduce" (2014).
-    """
-
-    def _remember(self, s: Tensor, old_gradient: Tensor, gradient: Tensor) -> None:
-        y = gradient - old_gradient
-        self.pairs.append((s.flatten(), y.flatten(), y))  # there is no ρ here
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        """Minus the approximate inverse Hessian times the gradient."""
-        if not self.pairs:
-            return super()._direction(gradient)
-        steps, changes, _ = zip(*self.pairs, strict=True)
-        rows = torch.stack([*steps, *changes, gradient.flatten()])
-        shares = self._shares((rows @ rows.mT).tolist())
-        return (torch.tensor(shares, device=rows.device) @ rows).view_as(gradient)
-
-    def _shares(self, dots: Sequence[Sequence[float]]) -> list[float]:
-        """How much of each row makes the direction: algorithm 7.4 again, in these coordinates."""
-        count = len(self.pairs)
-        curvatures = [dots[k][count + k] for k in range(count)]  # sᵀy
-        lengths = [math.sqrt(dots[k][k] * dots[count + k][count + k]) for k in range(count)]
-        sound = [k for k in range(count) if curvatures[k] > _LEAST_COSINE * lengths[k]]
-        if count - 1 in sound:
-            self.gamma = curvatures[-1] / dots[-2][-2]  # the newest pair's; see ``_remember``
-        shares = [0.0] * (2 * count) + [-1.0]
-        alphas = {}
-        for k in reversed(sound):
-            alphas[k] = sum(map(operator.mul, dots[k], shares)) / curvatures[k]
-            shares[count + k] -= alphas[k]
-        shares = [float(self.gamma) * share for share in shares]
-        for k in sound:
-            beta = sum(map(operator.mul, dots[count + k], shares)) / curvatures[k]
-            shares[k] += alphas[k] - beta
-        return shares
-
-
-# Regions, luminance, keep, float16 ----------------------------------------------------------------
-
-_FACTOR_CHANGE = 8  # after an overflow in float16
-_STEPS_TO_GROW = 20
-_LEAST_FACTOR = 8.0**-6
-_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
-
-
-def _luminance(image: Tensor) -> Tensor:
-    """(1, 3, H, W) -> (1, 1, H, W)."""
-    shares = image.new_tensor(_LUMINANCE).view(1, 3, 1, 1)
-    return (image * shares).sum(1, keepdim=True)
-
-
-def _luminance_limits(photo: Tensor) -> tuple[Tensor, Tensor]:
-    """How dark and how light each pixel can get with all its channels in [0, 1]."""
-    luminance = _luminance(photo)
-    darkest_channel = photo.amin(1, keepdim=True)
-    headroom = 1 - photo.amax(1, keepdim=True)
-    return luminance - darkest_channel, luminance + headroom
-
-
-def _fit_mask(mask: Tensor, size: _Size) -> Tensor:
-    """A mask, (1, 3, h, w), at ``size``, (1, 1, H, W): by areas, so that 0 and 1 stay exact."""
-    grey = mask.mean(1, keepdim=True).cpu()  # not every device can do this
-    return nn.functional.interpolate(grey, tuple(size), mode="area")
-
-
-def _fill_hidden(image: Tensor, mask: Tensor) -> Tensor:
-    """The image with the mean colour of what is visible where the mask, (1, 3, h, w), is black."""
-    visible = _fit_mask(mask, _size_of(image)).to(image)
-    mean = (image * visible).sum((2, 3), keepdim=True) / visible.sum().clamp_min(_SMALLEST_NORM)
-    return mean.lerp(image, visible)
-
-
-def _stride_of(layer: str) -> int:
-    """Pixels of the image per position of ``layer``, along each side."""
-    return 2 ** (_block_of(layer) - 1)
-
-
-def _make_guides(masks: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
-    """{layer: (R, 1, h, w)}, of mean square 1, for masks (R, 1, H, W) of an image's size."""
-    guides = {}
-    for layer in layers:
-        size = [side // _stride_of(layer) for side in _size_of(masks)]
-        guide = nn.functional.interpolate(masks, size, mode="area")
-        guides[layer] = guide / guide.square().mean((2, 3), keepdim=True).sqrt()
-    return guides
-
-
-@dataclass(eq=False)
-class _Factor:
-    """What the loss is multiplied by, so that its gradient fits into float16.
-
-    As in torch's GradScaler, which needs an optimizer of torch's: smaller after an overflow, and
-    larger again after a number of steps without one.
-    """
-
-    value: float = 1.0
-    steps: int = 0  # since it last changed
-
-    def grow(self) -> None:
-        """After a step without an overflow."""
-        self.steps += 1
-        if self.value < 1 and self.steps == _STEPS_TO_GROW:
-            self.value, self.steps = self.value * _FACTOR_CHANGE, 0
-
-    def shrink(self) -> bool:
-        """After an overflow; ``False`` if the factor has run out."""
-        self.value, self.steps = self.value / _FACTOR_CHANGE, 0
-        return self.value >= _LEAST_FACTOR
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _OptionsJob(Job):
-    """A job with every option.
-
-    masks: one for each painting, (1, 3, h, w), white where it goes.
-    keep: white where the photo stays as it is.
-    visible: one for each painting, white where its style is taken from; ``None`` is everywhere.
-    """
-
-    masks: Sequence[Tensor] = ()
-    keep: Tensor | None = None
-    factor: _Factor = field(default_factory=_Factor)
-    visible: Sequence[Tensor | None] = ()
-
-    def _see_styles(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The paintings, filled where they are hidden, and their visible pixels, (1, 3, 1, N)."""
-        styles, parts = list(self.styles), list(self.styles)
-        for number, visible in enumerate(self.visible):
-            if visible is not None:
-                style = self.styles[number]
-                weight = _fit_mask(visible, _size_of(style)).flatten()
-                chosen = (weight > weight.max() / 2).to(style.device)
-                styles[number] = _fill_hidden(style, visible)
-                parts[number] = style.flatten(2)[:, :, None, chosen]
-        return styles, parts
-
-    def match_palettes(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """The photo in the palettes of the paintings, or the other way round.
-
-        With masks, each painting's palette goes where its mask is white.
-        """
-        styles, parts = self._see_styles()
-        if self.config.color != "style":
-            target = self.channels(self.content)
-            matched = []
-            for style, part in zip(styles, parts, strict=True):
-                recolored = match_colors(self.channels(style), target, self.channels(part))
-                matched.append(recolored.clamp(0, 1))
-            return self.content, matched
-        if not self.masks:
-            recolored, _ = Job.match_palettes(replace(self, styles=parts))
-            return recolored, styles
-        masks = [_fit_mask(mask, _size_of(self.content)).to(self.content) for mask in self.masks]
-        total = torch.stack(masks).sum(0).clamp_min(1)
-        shares = [mask / total for mask in masks]
-        recolored = self.content * (1 - sum(shares))
-        for part, share in zip(parts, shares, strict=True):
-            recolored = recolored + share * match_colors(self.content, part).clamp(0, 1)
-        return recolored.clamp(0, 1), styles
-
-    def channels(self, image: Tensor) -> Tensor:
-        """What is painted of an image: all of it, or its luminance, (1, 1, H, W)."""
-        return _luminance(image) if self.config.color == "luminance" else image
-
-    def network_at(self, scale: Scale) -> VGG19Features:
-        """The network to look through, which computes some blocks in strips."""
-        assert isinstance(self.network, _FastVGG19)
-        return self.network.in_strips(scale.strips)
-
-    def regions_at(self, scale: Scale) -> _Regions | None:
-        """The regions that the masks make of a padded canvas: Gatys et al. (2017), section 4.
-
-        Departure: a region counts by its area, so that small ones are not painted more strongly.
-        """
-        if not self.masks:
-            return None
-        masks = _pad(torch.cat([_fit_mask(mask, scale.size) for mask in self.masks]))
-        guides = _make_guides(masks, self.config.style_layers)
-        guides = {layer: guide.to(self.content.device) for layer, guide in guides.items()}
-        blend = _blend_weights(self.config, len(self.masks))
-        paintings_used = sum(weight > 0 for weight in blend)  # equal weights count once each
-        areas = masks.square().mean((1, 2, 3)).tolist()
-        shares = [weight * paintings_used * area for weight, area in zip(blend, areas, strict=True)]
-        return _Regions(guides, shares)
-
-    def guides_of(self, number: int, size: _Size) -> _Features | None:
-        """How much each position of a painting counts: as much as is visible there."""
-        visible = self.visible[number] if self.visible else None
-        if visible is None:
-            return None
-        guides = _make_guides(_fit_mask(visible, size), self.config.style_layers)
-        return {layer: guide.to(self.content.device) for layer, guide in guides.items()}
-
-    def limits_at(self, scale: Scale) -> _Limits:
-        """The range of each pixel: with luminance, what keeps RGB within [0, 1]."""
-        if self.config.color != "luminance":
-            return super().limits_at(scale)
-        darkest, lightest = _luminance_limits(resize(self.content, scale.size))
-        return _pad(darkest), _pad(lightest)
-
-    def losses_from(self, targets: _Targets) -> _Losses:
-        """What calculates the losses of a canvas."""
-        is_gpu = _is_gpu(self.network.device)
-        return _FastLosses(targets, self.config) if is_gpu else super().losses_from(targets)
-
-    def optimizer_for(self, scale: Scale, canvas: Tensor) -> _LBFGS | _Adam:
-        """The optimizer that ``config.optimizer`` names."""
-        optimizer = super().optimizer_for(scale, canvas)
-        has_history = isinstance(optimizer, _LBFGS) and scale.strips == 0
-        if has_history and _is_gpu(self.network.device):
-            return _StackedLBFGS(canvas, scale.lr, optimizer.limits, torch.float32)
-        return optimizer
-
-    def differentiate(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
-        """The gradient of the loss, or ``None`` after an overflow, with a smaller factor from now.
-
-        Raises ``FloatingPointError`` if the loss itself is a NaN or an infinity, or if smaller
-        factors do not help.
-        """
-        factor = self.factor.value
-        (gradient,) = torch.autograd.grad(loss * (canvas.numel() * factor), canvas)
-        # The one wait for a GPU in a step. Squares: the optimizers' dot products stay finite too.
-        size = gradient.square().sum() + loss
-        if math.isfinite(size.item()):
-            self.factor.grow()
-            return gradient if factor == 1 else gradient / factor
-        is_half = self.network.dtype == torch.float16
-        if not is_half or not loss.isfinite() or not self.factor.shrink():
-            raise FloatingPointError
-        return None
-
-    def finish(self, picture: Tensor) -> Tensor:
-        """The picture to show: with the photo's chroma, and the photo itself where it is kept."""
-        picture = super().finish(picture)
-        photo = resize(self.content, _size_of(picture))
-        if self.config.color == "luminance":
-            picture = picture.clamp(*_luminance_limits(photo))  # shrinking can overshoot
-            picture = (photo + picture - _luminance(photo)).clamp(0, 1)  # against rounding
-        if self.keep is not None:
-            picture = picture.lerp(photo, _fit_mask(self.keep, _size_of(photo)).to(photo))
-        return picture
-
 
 # Device and precision -----------------------------------------------------------------------------
 
@@ -1935,9 +1705,9 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     total = pixels * _BYTES[strips]
     if strips == _ALL_BLOCKS:
         total += min(pixels, _STRIP_ROWS * size[1]) * _BYTES_OF_STRIP
-    if isinstance(job, _OptionsJob):
-        looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
-        total += pixels * _BYTES_OF_REGION * (len(job.masks) + looks)
+    looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
+    regions = len(job.masks) or (job.cutout is not None)
+    total += pixels * _BYTES_OF_REGION * (regions + looks)
     if job.network.dtype != torch.float32:
         total *= _HALF_PRECISION_SHARE
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
@@ -1991,27 +1761,6 @@ def _free_bytes(device: torch.device) -> float:
     return min(psutil.virtual_memory().available, _container_bytes(_CONTAINER))
 
 
-def _plan_strips(job: Job) -> Job:
-    """The job with strips at the scales that need them.
-
-    With ``checkpoint``, all blocks are in strips. Otherwise, on a CPU, the first block, which needs
-    the most memory, is at a scale larger than the result, so that supersampling takes little more.
-    A GPU, for which strips are many small operations, uses them only where memory is short.
-    """
-    is_gpu = _is_gpu(job.network.device)
-    half_of_free = _free_bytes(job.network.device) / 2
-    result = max(_size_of(job.content))
-    scales = []
-    for scale in job.scales:
-        on_cpu = [1 if max(scale.size) > result else 0]
-        choices = [0, 1] if is_gpu else on_cpu
-        fitting = [n for n in choices if _bytes_needed(job, scale.size, n) <= half_of_free]
-        fastest = choices if job.config.checkpoint is False else fitting
-        strips = _ALL_BLOCKS if job.config.checkpoint is True else [*fastest, _ALL_BLOCKS][0]
-        scales.append(replace(scale, strips=strips))
-    return replace(job, scales=scales)
-
-
 def _check_memory(job: Job) -> None:
     """Linux lets a process claim more than there is, and then kills it without a word."""
     finest = job.scales[-1]
@@ -2028,6 +1777,35 @@ def _check_memory(job: Job) -> None:
         if largest == 0:
             raise ValueError(f"No picture fits into {memory}: close other programs.")
         raise ValueError(f"max_size must be at most {largest} for {memory}, not {wanted}.")
+
+
+def _fit_into_memory(job: Job) -> Job:
+    """The job with strips at the scales that ``config.checkpoint`` names, or that need them.
+
+    ``ValueError`` if even so it does not fit into the free memory.
+
+    A CPU also computes the first block, which needs the most memory, in strips at a scale larger
+    than the result, so that supersampling takes little more. A GPU, for which strips are many small
+    operations, does so only where memory is short.
+    """
+    checkpoint, is_cpu = job.config.checkpoint, job.network.device.type == "cpu"
+    half_of_free = _free_bytes(job.network.device) / 2
+    result = max(_size_of(job.content))
+    scales = []
+    for scale in job.scales:
+        long_side = max(scale.size)
+        choices = [1 if long_side > result else 0] if is_cpu else [0, 1]
+        if isinstance(checkpoint, bool):
+            strips = _ALL_BLOCKS if checkpoint else 0
+        elif isinstance(checkpoint, int):
+            strips = _ALL_BLOCKS if long_side >= checkpoint else choices[0]
+        else:
+            fitting = [n for n in choices if _bytes_needed(job, scale.size, n) <= half_of_free]
+            strips = [*fitting, _ALL_BLOCKS][0]
+        scales.append(replace(scale, strips=strips))
+    planned = replace(job, scales=scales)
+    _check_memory(planned)
+    return planned
 
 
 def _keep_freed_memory(keep: bool) -> None:
@@ -2188,7 +1966,7 @@ def _numbered(name: str, images: Sequence[Any]) -> dict[str, Any]:
 
 
 def _check_image(name: str, image: object) -> None:
-    """``ValueError`` unless ``image`` is a picture as it is at every public boundary."""
+    """``ValueError`` unless ``image`` is a (1, 3, H, W) picture in [0, 1]."""
     if not isinstance(image, Tensor):
         advice = "load_image makes one from a file, its bytes or a PIL picture"
         given = type(image).__name__ if isinstance(image, (bytes, Image.Image)) else _shown(image)
@@ -2202,20 +1980,27 @@ def _check_image(name: str, image: object) -> None:
         raise ValueError(f"{name} must be floating-point numbers from 0 to 1, not {given}.")
 
 
-def _check_network(network: object, config: StyleTransferConfig) -> None:
-    if not isinstance(network, _FastVGG19):
-        raise ValueError(f"network must come from load_network(config), not {_shown(network)}.")
+def _check_type(name: str, value: object, kind: type, maker: str) -> None:
+    if isinstance(value, kind):
+        return
+    if type(value).__name__ == kind.__name__:
+        problem = f"{name} was made before nst_helpers was reloaded"
+        raise ValueError(f"{problem}: make it anew, with {maker}.")
+    raise ValueError(f"{name} must come from {maker}, not {_shown(value)}.")
+
+
+def _check_network(network: VGG19Features, config: StyleTransferConfig) -> None:
     missing = set(config.layers) - set(network.layers)
     if missing or network.pooling != config.pooling:
-        given = f"layers {', '.join(network.layers)} and {network.pooling} pooling"
+        seen = f"layers {', '.join(network.layers)} and {network.pooling} pooling"
         needed = f"layers {', '.join(config.layers)} and {config.pooling} pooling"
-        raise ValueError(f"network must have {needed}, not {given}: load_network(config) makes it.")
+        raise ValueError(f"network must have {needed}, not {seen}: load_network(config) makes it.")
 
 
 def _check_mask(name: str, mask: Tensor, job: Job) -> None:
     """A region must be large enough for the deepest layer to have a position inside it."""
     deepest = max(job.config.style_layers, key=_LAYERS.index)
-    stride = _stride_of(deepest)
+    stride = 2 ** (_block_of(deepest) - 1)
     height, width = (max(1, side // stride) for side in _size_of(job.content))
     if not _fit_mask(mask, (height, width)).max() > mask.mean(1).max() / 2:
         needed = f"white on at least {stride} x {stride} of the photo's pixels"
@@ -2238,19 +2023,18 @@ def _warn_of_aspect(name: str, mask: Tensor, content: Tensor) -> None:
         _warn(f"{problem}: {advice}.")
 
 
-def _check_job(job: _OptionsJob) -> None:
+def _check_job(job: Job) -> None:
     """``ValueError`` for pictures and settings that do not go together."""
     count, blend = len(job.styles), job.config.style_blend
     if count == 0:
         raise ValueError("styles must hold at least one painting, not none.")
-    if not isinstance(blend, str) and len(blend) != count:
+    if blend != "equal" and len(blend) != count:
         allowed = f"one number per painting, {count} here"
         raise ValueError(f"style_blend must have {allowed}, not {_shown(blend)}.")
-    if len(job.masks) not in (0, count):
-        allowed = f"one per painting, {count} here, or none"
-        raise ValueError(f"masks must be {allowed}, not {len(job.masks)}.")
-    if len(job.visible) not in (0, count):
-        raise ValueError(f"visible must be one per painting, {count} here, not {len(job.visible)}.")
+    for name, given in (("masks", job.masks), ("visible", job.visible)):
+        if len(given) not in (0, count):
+            allowed = f"one per painting, {count} here, or none"
+            raise ValueError(f"{name} must be {allowed}, not {len(given)}.")
     for number, visible in enumerate(job.visible):
         if visible is not None and not visible.any():
             raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
@@ -2259,19 +2043,14 @@ def _check_job(job: _OptionsJob) -> None:
         _warn_of_aspect(f"masks[{number}]", mask, job.content)
     if job.keep is not None:
         _warn_of_aspect("keep", job.keep, job.content)
+    if job.cutout is not None:
+        _check_mask("cutout", job.cutout, job)
 
 
 _Visible = Tensor | Sequence[Tensor | None] | None  # one for each painting
 
 
-def _resolve_quality(config: StyleTransferConfig, device: torch.device) -> StyleTransferConfig:
-    """The settings with the quality that "auto" means on this device."""
-    if config.quality != "auto":
-        return config
-    return replace(config, quality="best" if device.type == "cuda" else "normal")
-
-
-def _make_job(
+def _plan(
     content: Tensor,
     styles: Tensor | Sequence[Tensor],
     config: StyleTransferConfig | None,
@@ -2280,38 +2059,38 @@ def _make_job(
     keep: Tensor | None = None,
     start: Tensor | None = None,
     visible: _Visible = None,
+    cutout: Tensor | None = None,
 ) -> Job:
     """Everything that ``stylize`` is given, checked, on the network's device."""
     config = StyleTransferConfig() if config is None else config
-    if not isinstance(config, StyleTransferConfig):
-        raise ValueError(f"config must be a StyleTransferConfig, not {_shown(config)}.")
+    _check_type("config", config, StyleTransferConfig, "StyleTransferConfig(...)")
     paintings, regions = _as_list(styles), _as_list(masks)
     shown = [] if visible is None else _as_list(visible)
-    named = {"content": content, **_numbered("styles", paintings), **_numbered("masks", regions)}
-    options = {"keep": keep, "start": start, **_numbered("visible", shown)}
-    named |= {name: image for name, image in options.items() if image is not None}
-    for name, image in named.items():
+    needed = {"content": content, **_numbered("styles", paintings), **_numbered("masks", regions)}
+    options = {"keep": keep, "start": start, "cutout": cutout, **_numbered("visible", shown)}
+    needed |= {name: image for name, image in options.items() if image is not None}
+    for name, image in needed.items():
         _check_image(name, image)
     if network is None:
         network = load_network(config)  # hand-over to part III, which reads the weights
+    _check_type("network", network, VGG19Features, "load_network(config)")
     _check_network(network, config)
     device = network.device
-    config = _resolve_quality(config, device)
-    job = _OptionsJob(
+    config = config.resolve_quality(device.type)
+    job = Job(
         content=content.float().to(device),
         styles=[painting.float().to(device) for painting in paintings],
         config=config,
         network=network,
         scales=plan_scales(_size_of(content), config, start),
-        start=None if start is None else start.float().to(device),
         masks=[mask.float() for mask in regions],
-        keep=None if keep is None else keep.float(),
         visible=[None if mask is None else mask.float() for mask in shown],
+        cutout=None if cutout is None else cutout.float(),
+        keep=None if keep is None else keep.float(),
+        start=None if start is None else start.float().to(device),
     )
     _check_job(job)
-    planned = _plan_strips(job)
-    _check_memory(planned)
-    return planned
+    return _fit_into_memory(job)
 
 
 def stylize(
@@ -2324,6 +2103,7 @@ def stylize(
     keep: Tensor | None = None,
     start: Tensor | None = None,
     visible: _Visible = None,
+    cutout: Tensor | None = None,
 ) -> Iterator[Step]:
     """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
 
@@ -2338,6 +2118,8 @@ def stylize(
     start: a picture to go on from, such as an earlier result, at its size and up.
     visible: white where a painting counts, one for each: its style and its colours are taken from
         there alone. ``load_painting`` makes one for a painting with transparent parts.
+    cutout: white where the photo is visible; the rest counts nowhere. ``load_painting`` makes one
+        of a photo with transparent parts too.
 
     In a long run, keep ``step.image`` and not the steps. Raises ``ValueError`` before the first
     step for invalid input. If something goes wrong later, a ``StyleTransferWarning`` says how the
@@ -2351,7 +2133,9 @@ def stylize(
             print(f"{step.progress:.0%}")
         save_image(step)
     """
-    return _with_fallbacks(_make_job(content, styles, config, network, masks, keep, start, visible))
+    options: dict[str, Any] = {"masks": masks, "visible": visible, "cutout": cutout}
+    options |= {"keep": keep, "start": start}
+    return _with_fallbacks(_plan(content, styles, config, network, **options))
 
 
 class Estimate(NamedTuple):
@@ -2370,13 +2154,15 @@ def estimate(
     network: VGG19Features,
     *,
     seconds_per_pixel: float | None = None,
+    **options: Any,
 ) -> Estimate:
     """What ``stylize`` will take here, with the same arguments; raises what it would.
 
     ``seconds_per_pixel`` is known from an earlier estimate with this network; otherwise a few steps
-    at a small size are timed now, which takes about a second.
+    at a small size are timed now, which takes about a second. ``options`` are masks, keep, start,
+    visible and cutout, as ``stylize`` takes them.
     """
-    job = _make_job(content, styles, config, network)
+    job = _plan(content, styles, config, network, **options)
     if seconds_per_pixel is None:
         seconds_per_pixel = _measure_seconds_per_pixel(job)
     seconds = 0.0
@@ -2766,7 +2552,7 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
 
 def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Image.Image:
     """A picture in RGB or RGBA, upright and in sRGB; errors as those of ``load_image``."""
-    _check("max_size", max_size, _whole_number(_SMALLEST_SIDE))
+    _check("max_size", max_size, _Side)
     name = _name_of(source)
     picture: Any = _from_array(source) if isinstance(source, np.ndarray) else source
     file = None if isinstance(picture, Image.Image) else _open_file(picture)
@@ -2899,17 +2685,20 @@ _FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "webp": {"quality": 95},
 }
 _LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
-_DPI = _Rule("a number from 1 to 65,535", lambda value: _is_number(value, 1, 65_535))
+_Format = Literal["png", "jpeg", "webp"]
+_Dpi = Annotated[float, Field(ge=1, le=65_535)]
 _NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # on one system or the other
-_FILE_NAME = _Rule(
-    'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first',
-    lambda value: (
-        isinstance(value, str)
-        and 0 < len(os.fsencode(value)) <= 200  # a system allows 255, and the time takes some
-        and value[0] != "."
-        and _NOT_IN_NAMES.search(value) is None
+_FileName = Annotated[
+    str,
+    _must_be(
+        'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first',
+        lambda name: (
+            0 < len(os.fsencode(name)) <= 200  # a system allows 255, and the time takes some
+            and name[0] != "."
+            and _NOT_IN_NAMES.search(name) is None
+        ),
     ),
-)
+]
 # Without one, wide displays show a picture washed out or too strong.
 _SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 _RECORD_KEY = "style_transfer"  # the name of the text in a PNG
@@ -2923,7 +2712,13 @@ _ZONE_WORDS = "OffsetTime OffsetTimeOriginal OffsetTimeDigitized"
 _PHOTO_TAGS = {ExifTags.Base[x] for x in f"{_CAMERA_WORDS} {_DATE_WORDS} {_ZONE_WORDS}".split()}
 # Where Colab mounts Google Drive: at /content/drive, or under another name with its own folders.
 _DRIVE = re.compile(r"(/content/g?drive|.*/g?drive(?=/(?:My ?Drive|Shareddrives)))(?=/|$)")
-_OWN_PICTURES = ("masks", "keep", "start", "visible")  # which a record names, but does not hold
+_OWN_PICTURES = (
+    "masks",
+    "keep",
+    "start",
+    "visible",
+    "cutout",
+)  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
 _LOCK_WAITS = (0.2, 0.6, 0.0)  # seconds after each try: a virus scanner may hold a new file
@@ -2953,8 +2748,8 @@ def _sha256_of(source: _Source | None) -> str | None:
 
 
 def _asked(config: StyleTransferConfig, network: VGG19Features) -> dict[str, Any]:
-    """The settings as they were asked for, but with no path of weights, and a quality."""
-    config = _resolve_quality(config, network.device)
+    """The settings as they were asked for, but no path of weights, and with a quality."""
+    config = config.resolve_quality(network.device.type)
     is_named = network.source in _NAMED_WEIGHTS
     weights = network.source if is_named else f"sha256:{network.sha256}"
     return {**asdict(config), "weights": weights}
@@ -2964,14 +2759,16 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     """What a file remembers of its run: see ``read_record``."""
     job, network = step.job, step.job.network
     asked = _asked(job.config, network)
-    in_strips = {scale.strips == _ALL_BLOCKS for scale in job.scales}
+    checkpoint = job.config.checkpoint
+    if not isinstance(checkpoint, bool):  # which scales were in strips depends on the free memory
+        in_strips = [max(s.size) for s in job.scales if s.strips == _ALL_BLOCKS]
+        checkpoint = min(in_strips, default=max(job.scales[-1].size) + 1)
     settings = {
         **asked,
         "max_size": max(job.config.max_size, *_size_of(step.image)),
         "num_steps": step.total,
         "precision": str(network.dtype).removeprefix("torch."),
-        # Where only some scales were in strips, "auto" chooses the same again.
-        "checkpoint": in_strips.pop() if len(in_strips) == 1 else "auto",
+        "checkpoint": checkpoint,
         "device": str(network.device).removesuffix(":0"),
     }
     own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
@@ -2985,7 +2782,6 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
         "strength": step.strength,
-        "strips": [scale.strips for scale in job.scales],
         "step": step.number,
         "finished": step.number == step.total,
         "packages": {name: package.__version__ for name, package in packages.items()},
@@ -3071,9 +2867,9 @@ def _save_options(
 
 
 def _check_format(format: str, dpi: float | None) -> None:
-    _check("format", format, _choice(*_EXTENSIONS))
+    _check("format", format, _Format)
     if dpi is not None:
-        _check("dpi", dpi, _DPI)
+        _check("dpi", dpi, _Dpi)
 
 
 def _encode(
@@ -3238,7 +3034,7 @@ def save_image(
         raise ValueError(f"folder must be a folder, not the name of a file, '{_brief(place)}'.")
     sources = _as_list(paintings)
     name = _result_name(photo, sources) if name is None else name
-    _check("name", name, _FILE_NAME)
+    _check("name", name, _FileName)
     data = _encode(picture, photo, sources, format, keep_exif, dpi)
     try:
         return _write_new_file(data, folder, _EXTENSIONS[format], name)
@@ -3404,14 +3200,14 @@ def _bundled_weights(layers: Collection[str]) -> Weights:
             state[f"features.{number}.weight"] = table[packed[f"{key}_W_q"].long()]
             state[f"features.{number}.bias"] = packed[f"{key}_b"]
     state["features.0.weight"] = state["features.0.weight"].flip(1)  # from BGR to RGB
-    return Weights(_select(state, layers), *_CAFFE, "bundled", sha256)
+    return Weights(_fold_normalization(_select(state, layers), *_CAFFE), "bundled", sha256)
 
 
 def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256: str) -> Weights:
     """The weights in a state dict, such as torchvision's file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return Weights(_select(state, layers), *_IMAGENET, source, sha256)
+        return Weights(_fold_normalization(_select(state, layers), *_IMAGENET), source, sha256)
     except Exception as error:  # torch.load raises all sorts of errors on other files
         if _is_out_of_memory(error):
             raise
@@ -3474,7 +3270,7 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.precision, device)
     weights = _load_weights(config.weights, config.layers)
-    return _FastVGG19(weights, config.layers, config.pooling, dtype).to(device)
+    return VGG19Features(weights, config.layers, config.pooling, dtype).to(device)
 
 
 # ==================================================================================================
@@ -3559,21 +3355,26 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str = "") -> str:
     return f'<img alt="{html.escape(alt)}" decoding="sync" style="{style}" src="{source}">'
 
 
-def _picture_tag(
-    image: Tensor | Image.Image, alt: str, side: int = _VIEW_SIDE, style: str = ""
+def picture_tag(
+    picture: Tensor | Image.Image | Path, alt: str, side: int = _VIEW_SIDE, style: str = ""
 ) -> str:
-    """HTML for a small copy of a picture; its long side is ``side`` pixels on the page.
+    """HTML for a picture on a page; ``alt`` is read out to people who cannot see it.
 
-    It is a JPEG, or a WebP on a checkerboard if the picture is transparent.
+    It shows a small copy whose long side is ``side`` pixels on the page: a JPEG, or a WebP on a
+    checkerboard if the picture is transparent. A file, such as a film, is put there as it is.
+
+    Example: ``display(HTML(picture_tag(photo, "a cat on a chair")))``.
     """
-    picture = to_pil(image) if isinstance(image, Tensor) else image
-    picture.thumbnail((side, side))
+    if isinstance(picture, Path):
+        return _image_tag(picture.read_bytes(), picture.suffix[1:], alt, style)
+    small = to_pil(picture) if isinstance(picture, Tensor) else picture.copy()
+    small.thumbnail((side, side))
     kind = "jpeg"
-    if picture.mode == "RGBA":
+    if small.mode == "RGBA":
         kind, style = "webp", style + _CHECKERBOARD
     file = io.BytesIO()
-    picture.save(file, kind, quality=75)
-    width = side * picture.width // max(picture.size)
+    small.save(file, kind, quality=75)
+    width = side * small.width // max(small.size)
     return _image_tag(file.getvalue(), kind, alt, f"width: {width}px; {style}")
 
 
@@ -3584,46 +3385,27 @@ def _figure_tag(figure: plt.Figure) -> str:
     return _image_tag(file.getvalue(), "jpeg", str(figure.get_label()))
 
 
-def film_tag(path: Path) -> str:
-    """HTML for the film that ``save_timelapse`` saved."""
-    return _image_tag(path.read_bytes(), "webp", "a film of the run, from coarse to fine")
-
-
 def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
     """HTML with the result over the photo, and a slider that uncovers the photo.
 
     It works without a kernel. ``side`` is the long side on the page, in pixels.
     """
     photo = resize(photo, _size_of(result))
-    below = _picture_tag(photo, "the photo", side, "display: block;")
+    below = picture_tag(photo, "the photo", side, "display: block;")
     clip = "position: absolute; left: 0; top: 0; clip-path: inset(0 0 0 50%);"
-    above = _picture_tag(result, "the result", side, clip)
+    above = picture_tag(result, "the result", side, clip)
     move = "this.previousSibling.style.clipPath = `inset(0 0 0 ${this.value}%)`"
     label = "how much of the photo is shown"
     slider = f'<input type="range" aria-label="{label}" oninput="{move}" style="width: 100%">'
     return f'<div style="position: relative; width: fit-content">{below}{above}{slider}</div>'
 
 
-def close_up(image: Tensor, side: int = 256) -> str:
-    """HTML with the middle ``side`` pixels at twice their size, to tell strokes from noise."""
-    top, left = (max(0, length - side) // 2 for length in _size_of(image))
-    piece = image[:, :, top : top + side, left : left + side]
-    style = "image-rendering: pixelated;"
-    return _picture_tag(piece, "a piece of the picture, enlarged", 2 * max(_size_of(piece)), style)
-
-
 # Live progress ------------------------------------------------------------------------------------
 
 _REFRESH_SECONDS = 1.0  # a live view is drawn no more often than this,
 _REFRESH_SHARE = 0.025  # and takes no larger a share of the time
+_BAR_STYLE = "display: block; width: 100%; max-width: 512px"
 _Show = Callable[[str, str], object]  # takes a page of HTML, and a line of text for the same
-
-
-def _progress_line(step: Step, seconds: float, ending: str) -> str:
-    height, width = _size_of(step.image)
-    form = "{percentage:3.0f}% |{bar:20}| {elapsed}, " + (ending or "{remaining} left")
-    line = tqdm.format_meter(step.progress, 1, seconds, bar_format=form)
-    return f"{line}, {width} x {height} pixels"
 
 
 def _print_line(page: str, line: str) -> None:
@@ -3644,10 +3426,13 @@ def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
     due = 0.0  # when to draw again
     step = None
 
-    def draw(step: Step, ending: str = "") -> None:
-        line = _progress_line(step, time.monotonic() - began, ending)
-        below = f'<pre style="white-space: pre-wrap">{line}</pre>'
-        show(f"{_picture_tag(step.image, line)}{below}", line)
+    def draw(step: Step, ending: str = "{remaining} left") -> None:
+        form = "{percentage:3.0f}% | {elapsed}, " + ending
+        line = tqdm.format_meter(step.progress, 1, time.monotonic() - began, bar_format=form)
+        height, width = _size_of(step.image)
+        line += f", {width} x {height} pixels"
+        bar = f'<progress value="{step.progress}" style="{_BAR_STYLE}"></progress>'
+        show(f"{picture_tag(step.image, line)}{bar}<div>{line}</div>", line)
 
     try:
         for step in steps:
@@ -3677,36 +3462,16 @@ def live_view() -> _Show:
 
 # Sweeps -------------------------------------------------------------------------------------------
 
-_CONTROL_VALUES: Mapping[str, Sequence[Any]] = {
-    "style_weight": (10, 100, 1000),
-    "content_weight": (0.5, 5, 50),
-    "detail": (0, 0.5, 1),
-    "color": ("style", "content", "luminance"),
-    "style_scale": (0.5, 1, 2),
-    "tv_weight": (0, 2, 200),
-    "init": ("content", "noise", "style"),
-    "optimizer": ("lbfgs", "adam"),
-    "num_steps": (10, 30, 100),
-    "pooling": ("max", "average"),
-}
+
+def _printable(text: str) -> str:
+    """The text, with a ? for each letter that the console, or a page, cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
-def _configs_of_sweep(
-    config: StyleTransferConfig, values: Mapping[str, Sequence[Any]]
-) -> dict[str, StyleTransferConfig]:
-    """{label: config} for every combination of the values."""
-    if len(values) not in (1, 2):
-        given = ", ".join(values) or "none"
-        raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
-    for name, tried in values.items():
-        if not isinstance(tried, (list, tuple)) or len(tried) == 0:
-            raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
-    configs = {}
-    for combination in itertools.product(*values.values()):
-        settings = dict(zip(values, combination, strict=True))
-        label = ", ".join(f"{name} = {value}" for name, value in settings.items())
-        configs[label] = replace(config, **settings)
-    return configs
+def _make_bar(runs: int) -> tqdm:
+    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form)
 
 
 def sweep(
@@ -3730,18 +3495,25 @@ def sweep(
     Example: ``sweep(photo, painting, config, style_weight=(10, 100, 1000))``.
     """
     _check_image("content", content)
-    begin = functools.partial(
-        stylize, network=network, masks=masks, keep=keep, start=start, visible=visible
-    )
+    if len(values) not in (1, 2):
+        given = ", ".join(values) or "none"
+        raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
+    for name, tried in values.items():
+        if not isinstance(tried, (list, tuple)) or len(tried) == 0:
+            raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
+    pictures: Any = {"masks": masks, "keep": keep, "start": start, "visible": visible}
     runs = {}
-    for label, tried in _configs_of_sweep(config, values).items():
-        runs[label] = begin(shrink_to(content, tried.max_size), styles, tried)
-    results: dict[str, Tensor] = {}
-    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
+    for combination in itertools.product(*values.values()):
+        settings = dict(zip(values, combination, strict=True))
+        label = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        changed = replace(config, **settings)
+        photo = shrink_to(content, changed.max_size)
+        runs[label] = stylize(photo, styles, changed, network=network, **pictures)
+    results = {}
     try:
-        with tqdm(total=len(runs), file=sys.stdout, leave=False, bar_format=form) as bar:
+        with _make_bar(len(runs)) as bar:
             for number, (label, steps) in enumerate(runs.items()):
-                bar.set_description(label)
+                bar.set_description(_printable(label))
                 for step in steps:
                     results[label] = step.image
                     bar.update(number + step.progress - bar.n)
@@ -3752,34 +3524,16 @@ def sweep(
     return results
 
 
-def sweep_control(
-    control: str,
-    content: Tensor,
-    style: Tensor,
-    config: StyleTransferConfig,
-    network: VGG19Features | None = None,
-    visible: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """A small, quick ``sweep`` of one setting, over values that show what it does.
-
-    Example: ``sweep_control("style_weight", photo, painting, config, network)``. ``ValueError``
-    for a setting that it has no values for.
-    """
-    _check("control", control, _choice(*_CONTROL_VALUES))
-    quick = replace(config, max_size=256, quality="quick", num_steps="auto")
-    values: dict[str, Any] = {control: _CONTROL_VALUES[control]}
-    network = None if control == "pooling" else network
-    return sweep(content, style, quick, network, visible=visible, **values)
-
-
 # Folders ------------------------------------------------------------------------------------------
 
 _OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
 _LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
+_LONGEST_LIST = 200  # characters of a list of names
 _SHEET_SIDE, _SHEET_LINE, _SHEET_GAP = 240, 20, 4  # pixels of a picture, its name and its margin
 _SHEET_LETTERS = 36  # of that name
+_SHEET_VIEW = 1024  # pixels of a contact sheet on the page
 
-_Photos = str | os.PathLike | Iterable[str | os.PathLike]
+_Photo = Path | str  # a str is an address
 
 
 def _remembered(path: Path) -> dict[str, Any] | None:
@@ -3790,78 +3544,89 @@ def _remembered(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _photos_in(photos: _Photos) -> list[Path]:
-    """A list of files as it is; of a folder, the pictures that are not hidden or painted here."""
+def _is_photo(path: Path) -> bool:
+    """Whether a file is a picture by its name, not hidden, and was not painted here."""
+    suffix, name = path.suffix.lower(), path.name
+    # HEIC and raw files are not passed over even where they cannot be read.
+    known = {".heic": "HEIF", ".heif": "HEIF", **Image.registered_extensions()}
+    is_picture = known.get(suffix) in _FORMATS or suffix in _RAW_EXTENSIONS
+    return is_picture and not name.startswith((".", *_OWN_NAMES)) and _remembered(path) is None
+
+
+def _find_photos(
+    photos: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool
+) -> dict[_Photo, Path]:
+    """{photo: the folder of its result, within the output folder}; see ``paint_folder``."""
+    found: dict[_Photo, Path] = {}
+    passed_over = []
     if not isinstance(photos, (str, os.PathLike)):
-        return [Path(path).expanduser() for path in photos]
-    folder = Path(photos).expanduser()
-    if not folder.is_dir():
+        for source in map(_place_of, photos):
+            found[source if _ADDRESS.match(source) else Path(source)] = Path()
+    elif not (root := Path(_place_of(photos))).is_dir():
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
-    known = Image.registered_extensions()
-    extensions = {extension for extension, kind in known.items() if kind in _FORMATS}
-    extensions |= {
-        ".heic",
-        ".heif",
-        *_RAW_EXTENSIONS,
-    }  # so that they are not passed over where they cannot be read
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in extensions
-        and not path.name.startswith((".", *_OWN_NAMES))
-        and _remembered(path) is None
-    ]
+    else:
+        for folder, below, names in os.walk(root):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            place = Path(folder).relative_to(root)
+            pictures = filter(_is_photo, [Path(folder, name) for name in sorted(names)])
+            if recursive or place == Path():
+                found |= dict.fromkeys(pictures, place)
+            elif any(pictures):
+                passed_over.append(place.as_posix())
+    listed = textwrap.shorten(", ".join(passed_over), _LONGEST_LIST, placeholder=" …")
+    advice = f": recursive=True takes those in {listed} too" if passed_over else ""
+    if not found:
+        problem = f"photos must hold at least one picture, but {_shown(photos)} has none"
+        raise ValueError(f"{problem}{advice}.")
+    if passed_over:
+        _warn(f"The photos in subfolders are passed over{advice}.")
+    return found
 
 
-def _painted_before(
+def _stem_of(photo: _Photo) -> str:
+    """What the name of the photo's result begins with."""
+    return Path(_file_name_of(photo)).stem[:_LONGEST_NAME]
+
+
+def _find_results(
+    places: Mapping[_Photo, Path],
     folder: Path,
     painting: _Source,
     config: StyleTransferConfig,
     network: VGG19Features,
-    format: str,
-) -> dict[str, Path]:
-    """{SHA-256 of a photo: file} of the finished pictures of this painting with these settings."""
+) -> dict[_Photo, Path | None]:
+    """{photo: its finished picture}, of this painting and with these settings, if there is one."""
     asked = json.loads(json.dumps(_asked(config, network)))  # with lists for tuples
-    wanted = {
-        "paintings": [_sha256_of(painting) or "without a file"],
-        "finished": True,
-        "strength": 1,
-    }
-    files = {}
-    for path in sorted(folder.glob(f"*.{_EXTENSIONS[format]}")):
-        record = _remembered(path) or {}
-        has_same = record.get("settings", {}) | record.get("asked", {}) == asked
-        has_own = record.get("own_pictures") not in ([], ["visible"])  # the painting's own
-        if wanted.items() <= record.items() and has_same and not has_own:
-            files[record["photo"]] = path
-    return files
+    wanted = {"paintings": [_sha256_of(painting) or "without a file"], "finished": True}
+    finished: dict[tuple[Path, str], list[Path]] = {}
+    for place in {*places.values()}:
+        for path in sorted((folder / place).glob("*")):
+            record = _remembered(path) if path.suffix[1:] in _EXTENSIONS.values() else None
+            if (
+                record is not None
+                and wanted.items() <= record.items()
+                and asked == record["settings"] | record.get("asked", {})
+                and {*record.get("own_pictures", [])} <= {"visible", "cutout"}  # of the files
+            ):
+                finished.setdefault((place, record["photo"]), []).append(path)
+    results: dict[_Photo, Path | None] = dict.fromkeys(places)
+    for photo, place in places.items() if finished else ():
+        found = finished.get((place, _sha256_of(photo) or "without a file"))
+        if found:  # two photos with the same bytes take one each
+            stem = _stem_of(photo)
+            taken = min(found, key=lambda path: (not path.name.startswith(stem), len(path.name)))
+            found.remove(taken)
+            results[photo] = taken
+    return results
 
 
-def _paint_each(
-    photos: Sequence[Path],
-    style: Tensor,
-    visible: Tensor | None,
-    config: StyleTransferConfig,
-    network: VGG19Features,
-) -> Iterator[tuple[Path, Step | Exception]]:
-    """Each photo with its last step, or with the error that says why it cannot be painted."""
-    form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
-    with tqdm(total=len(photos), file=sys.stdout, leave=False, bar_format=form) as bar:
-        for number, path in enumerate(photos):
-            try:
-                photo = load_image(path, config.max_size)
-                steps = stylize(photo, style, config, network=network, visible=visible)
-            except (OSError, ValueError) as error:
-                yield path, error
-                continue
-            for step in steps:
-                bar.set_description(f"{path.name}, {number + 1} of {len(photos)}", refresh=False)
-                bar.update(number + step.progress - bar.n)
-            yield path, step
+def _sentence_of(error: Exception) -> str:
+    text = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+    return text.rstrip(".") + "."
 
 
-def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
-    """Save, and show in a notebook, small copies of pictures, {photo: picture}, as one JPEG."""
+def _make_contact_sheet(files: Mapping[_Photo, Path]) -> Image.Image:
+    """Small copies of pictures, {photo: picture}, each above the name of its photo."""
     columns = math.ceil(math.sqrt(len(files)))
     rows = math.ceil(len(files) / columns)
     side, gap = _SHEET_SIDE, _SHEET_GAP
@@ -3873,17 +3638,48 @@ def _save_contact_sheet(files: Mapping[Path, Path], folder: Path) -> None:
         picture = to_pil(load_image(path, side))
         tile = ImageOps.pad(picture, room, color="white", centering=(0.5, 1))  # on its name
         sheet.paste(tile, (left, top + gap))
-        draw.text((left, top + side), photo.name[:_SHEET_LETTERS], "black", font_size=12)
-    file = io.BytesIO()
-    sheet.save(file, "JPEG", quality=90)
-    _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
-    if get_ipython() is not None:
-        alt = f"The results, painted from {', '.join(photo.name for photo in files)}"
-        display(HTML(_image_tag(file.getvalue(), "jpeg", alt)))
+        name = _file_name_of(photo)[:_SHEET_LETTERS]
+        draw.text((left, top + side), name, "black", font_size=12)
+    return sheet
+
+
+def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool) -> None:
+    """Save a contact sheet if there is something new on it, and show a small one in a notebook."""
+    is_in_notebook = get_ipython() is not None
+    if not files or not (is_new or is_in_notebook):
+        return
+    sheet = _make_contact_sheet(files)
+    if is_new:
+        file = io.BytesIO()
+        sheet.save(file, "JPEG", quality=90)
+        _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+    if is_in_notebook:
+        names = ", ".join(map(_file_name_of, files))
+        alt = _printable(textwrap.shorten(f"The results, painted from {names}", _LONGEST_LIST))
+        display(HTML(picture_tag(sheet, alt, min(_SHEET_VIEW, max(sheet.size)))))
+
+
+def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]]) -> list[str]:
+    """Paint the photos in turn, whatever happens to one; returns why some have failed."""
+    problems = []
+    with _make_bar(len(photos)) as bar:
+        for number, photo in enumerate(photos):
+            name = _file_name_of(photo) or str(photo)
+            bar.set_description(_printable(f"{name}, {number + 1} of {len(photos)}"))
+            try:
+                for step in paint(photo):
+                    bar.update(number + step.progress - bar.n)
+            except KeyboardInterrupt:
+                state = f"Stopped at {name}, {number + 1} of {len(photos)}"
+                raise KeyboardInterrupt(f"{state}: the same call goes on with it.") from None
+            except Exception as error:
+                reason = _sentence_of(error)
+                problems.append(reason if name in reason else f"{name}: {reason}")
+    return problems
 
 
 def paint_folder(
-    photos: _Photos,
+    photos: str | os.PathLike | Iterable[str | os.PathLike],
     painting: _Source,
     config: StyleTransferConfig,
     output_folder: str | os.PathLike = "outputs",
@@ -3892,46 +3688,57 @@ def paint_folder(
     format: str = "png",
     keep_exif: bool = False,
     dpi: float | None = None,
-) -> dict[Path, Path | None]:
+    recursive: bool = False,
+) -> dict[_Photo, Path | None]:
     """Paint every photo of a folder, or of a list, in the style of one painting.
 
     Returns {photo: saved picture}. Each is saved as soon as it is done, and its name begins with
-    the photo's. At the end, a contact sheet is saved too, and shown in a notebook. Called again
-    after an interrupt, it goes on: a photo is left out if ``output_folder`` has its finished
-    picture in this format, of the same painting, with the same settings asked for.
+    the photo's. At the end, a contact sheet is saved too, and a small one shown in a notebook.
+    Called again after an interrupt, it goes on: a photo is left out if ``output_folder`` has its
+    finished picture, in any format and at any strength, of the same painting, with the same
+    settings asked for.
 
     photos: of a folder, hidden files, files of other kinds and pictures painted here are left out.
+        A list may hold addresses.
     network: what ``load_network`` gave, to reuse.
     format, keep_exif, dpi: as ``save_image`` takes them.
-    A photo that cannot be painted has ``None``; a ``StyleTransferWarning`` at the end says why.
+    recursive: take the photos of subfolders too, each result in the subfolder of the same name.
+        Otherwise, a ``StyleTransferWarning`` names those that hold photos.
+    Whatever happens to one photo, the others are painted. One that fails has ``None``, and a
+    ``StyleTransferWarning`` after the contact sheet says why; if all fail, that is a
+    ``RuntimeError``.
     Raises ``ValueError`` if there are no photos, and what ``load_image`` raises for the painting.
 
     Example: ``paint_folder("holiday", "images/starry_night.jpg", StyleTransferConfig())``.
     """
     _check_format(format, dpi)
-    paths = _photos_in(photos)
-    if not paths:
-        raise ValueError(f"photos must hold at least one picture, but {_shown(photos)} has none.")
+    places = _find_photos(photos, recursive)
     style, visible = load_painting(painting, config.max_size)
     folder = prepare_output_folder(output_folder)
     network = load_network(config) if network is None else network
-    before = _painted_before(folder, painting, config, network, format)
-    files = {path: before.get(_sha256_of(path) or "without a file") for path in paths}
-    missing = [path for path, file in files.items() if file is None]
+    files = _find_results(places, folder, painting, config, network)
+    missing = [photo for photo, file in files.items() if file is None]
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
-    problems = []
-    for path, outcome in _paint_each(missing, style, visible, config, network):
-        if isinstance(outcome, Exception):
-            problems.append(f"{path.name}: {outcome}")
-        else:
-            name = _NOT_IN_NAMES.sub("_", path.stem[:_LONGEST_NAME]).lstrip(".")
-            files[path] = save(outcome, folder, photo=path, paintings=[painting], name=name)
-    painted = {path: file for path, file in files.items() if file is not None}
-    if painted:
-        _save_contact_sheet(painted, folder)
+
+    def paint(photo: _Photo) -> Iterator[Step]:
+        content, cutout = load_painting(photo, config.max_size)
+        begin = functools.partial(stylize, network=network, visible=visible, cutout=cutout)
+        for step in begin(content, style, config):
+            yield step
+        place, name = folder / places[photo], _stem_of(photo)
+        files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
+
+    problems = _try_each(missing, paint)
+    painted = {photo: file for photo, file in files.items() if file is not None}
+    try:
+        _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
+    except Exception as error:
+        problems.append(f"There is no contact sheet: {_sentence_of(error)}")
     if problems:
-        summary = f"Not painted: {len(problems)} of {len(files)} photos."
-        _warn("\n".join([summary, *problems]))
+        report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
+        if not painted:
+            raise RuntimeError(report)
+        _warn(report)
     return files
 
 
@@ -3948,7 +3755,7 @@ def set_up_notebook() -> None:
 
 
 def _download_link(name: str, address: str) -> str:
-    return f'<a download="{name}" href="{address}"><u>Download</u></a>'
+    return f'<a download="{html.escape(name)}" href="{html.escape(address)}"><u>Download</u></a>'
 
 
 def _is_in_colab() -> bool:
@@ -3981,8 +3788,12 @@ def choose_pictures(photo: str, painting: str) -> dict[str, _Source]:
 
 
 def offer_download(path: Path) -> None:
-    """In Colab, the browser downloads the file at once; elsewhere, a link to it is shown."""
-    address = html.escape(path.as_posix())
+    """In Colab, the browser downloads the file at once; elsewhere, a link to it is shown.
+
+    A page can only link to files in the notebook's folder: of others, it says where they are.
+    """
+    here, place = Path.cwd(), Path(os.path.abspath(path))
+    words = "Open it there: this page can only link to files in the notebook's folder."
     if _is_in_colab():
         try:
             from google.colab import files
@@ -3990,7 +3801,11 @@ def offer_download(path: Path) -> None:
             return files.download(str(path))
         except Exception:  # as for an upload
             address = _data_address(path.read_bytes(), path.suffix[1:])
-    display(HTML(f"Saved as {html.escape(path.as_posix())}. {_download_link(path.name, address)}"))
+            words = _download_link(path.name, address)
+    elif place.is_relative_to(here):
+        address = urllib.parse.quote(place.relative_to(here).as_posix())
+        words = _download_link(path.name, address)
+    display(HTML(f"Saved as {html.escape(path.as_posix())}. {words}"))
 
 
 # The panel ----------------------------------------------------------------------------------------
@@ -4019,15 +3834,10 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
 
     Once saved, the picture's record has the strength. ``ValueError`` if it is not from 0 to 1.
     """
-    _check("strength", strength, _FROM_0_TO_1)
+    _check("strength", strength, _Share)
     photo = resize(photo, _size_of(step.image)).to(step.image)
     image = photo.lerp(step.image, strength)
     return replace(step, image=image, strength=step.strength * strength)
-
-
-def _sentence_of(error: Exception) -> str:
-    text = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-    return text.rstrip(".") + "."
 
 
 def _make_notice() -> widgets.HTML:
@@ -4122,13 +3932,14 @@ class Panel(widgets.HBox):
         config = self.first_config
         dropdown = widgets.Dropdown
         sizes = sorted({*_PANEL_SIZES, config.max_size})
+        qualities = ["auto", *_STEPS]
         colors = list(_PANEL_COLORS.items())
         styles = list(_PANEL_STYLES.items())
         self.controls = {
             "style_weight": widgets.SelectionSlider(options=styles, value=1, description="Style"),
             "max_size": dropdown(options=sizes, value=config.max_size, description="Size"),
             "color": dropdown(options=colors, value=config.color, description="Colours"),
-            "quality": dropdown(options=[*_STEPS], value=config.quality, description="Quality"),
+            "quality": dropdown(options=qualities, value=config.quality, description="Quality"),
         }
         self.uploads: dict[str, widgets.FileUpload] = {}
         self.upload_row = widgets.HBox()
@@ -4216,7 +4027,7 @@ class Panel(widgets.HBox):
         name = html.escape(_file_name_of(source) or f"the {which}")
         if self.run is not None and self.run.sources[which] is not source:
             name += "<br><b>for the next run</b>"
-        picture = _picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
+        picture = picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
         style = f"width: {_THUMBNAIL_SIDE}px"
         return f'<figure style="{style}">{picture}<figcaption>{name}</figcaption></figure>'
 
@@ -4296,7 +4107,7 @@ class Panel(widgets.HBox):
         self.save_button.disabled = path is not None
         self.link.value = _download_link(name, _data_address(data, kind))
         alt = f"the result at a strength of {strength:.0%}"
-        self.page.value = _picture_tag(Image.open(io.BytesIO(data)), alt)
+        self.page.value = picture_tag(Image.open(io.BytesIO(data)), alt)
         return sentence
 
     def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:

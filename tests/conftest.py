@@ -5,9 +5,10 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import pytest
@@ -41,7 +42,6 @@ SHALLOW = replace(
     TINY,
     content_layers=("relu2_1",),
     style_layers=("relu1_1",),
-    style_layer_weights=(1,),
 )
 
 
@@ -162,32 +162,78 @@ def fail(error: BaseException) -> Callable:
     return raising
 
 
+class Look(NamedTuple):
+    """What ``VGG19Features.look`` is asked, in the order of its arguments."""
+
+    network: nst.VGG19Features
+    image: torch.Tensor
+    content_layers: Collection[str] = ()
+    style_layers: Collection[str] = ()
+    guides: dict[str, torch.Tensor] | None = None
+    strips: int = 0
+
+    @property
+    def is_canvas(self) -> bool:
+        return self.image.requires_grad
+
+
+def replace_looks(monkeypatch, see: Callable) -> None:
+    """Let ``see(asked, look)`` answer every ``Look``; ``look(*asked)`` is what is really there."""
+    look = nst.VGG19Features.look
+    replaced = lambda *args, **given: see(Look(*args, **given), look)  # noqa: E731
+    monkeypatch.setattr(nst.VGG19Features, "look", replaced)
+
+
 def break_looks(monkeypatch, at_step: int, change: Callable) -> None:
     """Let ``change`` replace what the network sees of the canvas, ``(content, style)``, once."""
-    look = nst._FastVGG19.look
     steps = []
 
-    def changed(self, image, *args, **kwargs):
-        seen = look(self, image, *args, **kwargs)
-        if not image.requires_grad:
-            return seen
-        steps.append(1)
-        return change(*seen) if len(steps) == at_step else seen
+    def see(asked, look):
+        seen = look(*asked)
+        steps.append(asked.is_canvas)
+        return change(*seen) if asked.is_canvas and sum(steps) == at_step else seen
 
-    monkeypatch.setattr(nst._FastVGG19, "look", changed)
+    replace_looks(monkeypatch, see)
 
 
-def note_looks(monkeypatch) -> list[tuple[nst.VGG19Features, tuple[int, int], bool]]:
-    """A list that gets, at every look, the network, the image's size, and if it is the canvas."""
-    look = nst._FastVGG19.look
+def note_looks(monkeypatch) -> list[Look]:
+    """A list that gets every ``Look``, with a copy of its image, since the canvas changes."""
     looks = []
 
-    def noted(self, image, *args, **kwargs):
-        looks.append((self, tuple(image.shape[2:]), image.requires_grad))
-        return look(self, image, *args, **kwargs)
+    def see(asked, look):
+        copy = asked.image.detach().clone().requires_grad_(asked.is_canvas)
+        looks.append(asked._replace(image=copy))
+        return look(*asked)
 
-    monkeypatch.setattr(nst._FastVGG19, "look", noted)
+    replace_looks(monkeypatch, see)
     return looks
+
+
+def free_memory(monkeypatch, free: float) -> None:
+    """Let so many bytes be free, whatever the machine."""
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: free)
+
+
+@pytest.fixture
+def low_strips(monkeypatch) -> None:
+    """Strips of 8 rows, so that all five blocks have several in a small image."""
+    monkeypatch.setattr(nst, "_STRIP_ROWS", 8)
+
+
+ARCHES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90a", "compute_90")
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> dict:
+    """One NVIDIA GPU, as torch describes it; returns what a test may change about it."""
+    found = {"count": 1, "capability": (8, 0), "arches": ARCHES, "trial": lambda dtype: 576.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found["count"] > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found["count"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla Model 7")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(found["arches"]))
+    monkeypatch.setattr(nst, "_convolve", lambda device, dtype: found["trial"](dtype))
+    return found
 
 
 def random_vgg(modules: int) -> nn.Sequential:

@@ -1,14 +1,18 @@
 """A folder of photos, painted one after the other in the style of one painting."""
 
+import base64
+import hashlib
+import io
+import os
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGES, SHALLOW, assert_close, half_mask, last
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import IMAGES, SHALLOW, assert_close, fail, half_mask, last
 from PIL import Image
 
 import nst_helpers as nst
@@ -64,6 +68,10 @@ def painted(monkeypatch) -> list[tuple[int, int]]:
     return sizes
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def sheets_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("contact_sheet_*.jpg"))
 
@@ -84,10 +92,7 @@ def test_every_picture_in_a_folder_is_painted(photos, paint, out, shallow):
         assert_close(nst.load_image(path), expected, 0.5 / 255 + 1e-6)
         record = nst.read_record(path)
         assert record["finished"]
-        assert (record["photo"], record["paintings"]) == (
-            nst._sha256_of(photo),
-            [nst._sha256_of(PAINTING)],
-        )
+        assert (record["photo"], record["paintings"]) == (sha256(photo), [sha256(PAINTING)])
 
 
 def test_one_network_is_loaded_for_all(monkeypatch, photos, paint):
@@ -103,18 +108,33 @@ def test_a_list_is_painted_as_it_is(photos, paint):
     assert list(paint(iter(listed))) == [photos / "b.webp", photos / "a.png"]
 
 
-def test_the_contact_sheet_shows_every_picture_in_its_place(photos, out):
-    pictures = sorted(photos.iterdir())  # red, green, blue
-    nst._save_contact_sheet(dict(zip(pictures, pictures, strict=True)), out)
+@pytest.fixture
+def in_notebook(monkeypatch) -> list:
+    """What is displayed, as in a notebook."""
+    shown = []
+    monkeypatch.setattr(nst, "display", shown.append)
+    monkeypatch.setattr(nst, "get_ipython", object)
+    return shown
+
+
+def page_picture(shown: list) -> tuple[Image.Image, str]:
+    """The one picture that was displayed, and its HTML."""
+    (page,) = shown
+    data = base64.b64decode(re.findall(r'base64,([^"]*)"', page.data)[0])
+    return Image.open(io.BytesIO(data)), page.data
+
+
+def test_the_contact_sheet_shows_every_picture_in_its_place(photos, paint, out):
+    files = paint(photos)
     (path,) = sheets_in(out)
-    side, line = nst._SHEET_SIDE, nst._SHEET_LINE
+    side, line = 240, 20
     with Image.open(path) as sheet:
         assert sheet.size == (2 * side, 2 * (side + line))
         cells = [(column * side, row * (side + line)) for row in (0, 1) for column in (0, 1)]
         tiles = [sheet.crop((x + 10, y + 70, x + side - 10, y + side - 10)) for x, y in cells]
         names = [sheet.crop((x, y + side, x + side, y + side + line)) for x, y in cells]
-    for tile, picture in zip(tiles, pictures, strict=False):
-        found, expected = nst.load_image(tile, 32), nst.load_image(picture, 32)
+    for tile, result in zip(tiles, files.values(), strict=False):
+        found, expected = nst.load_image(tile, 32), nst.load_image(result, 32)
         assert_close(found.mean((2, 3)), expected.mean((2, 3)), 0.05)
     assert tiles[3].convert("L").getextrema()[0] > 250  # three pictures in a square of four
     assert [name.convert("L").getextrema()[0] < 100 for name in names] == [True] * 3 + [False]
@@ -125,12 +145,21 @@ def test_the_contact_sheet_is_shown_in_a_notebook_alone(monkeypatch, photos, pai
     monkeypatch.setattr(nst, "display", shown.append)
     paint(photos)
     assert shown == []
-    assert nst.plt.get_fignums() == []
     monkeypatch.setattr(nst, "get_ipython", object)
     paint(photos)
-    (page,) = shown
-    assert 'alt="The results' in page.data
-    assert "b.webp" in page.data
+    picture, page = page_picture(shown)
+    assert picture.size == (480, 520)  # as large as the file
+    assert "b.webp" in page
+
+
+def test_of_many_photos_the_page_gets_a_small_sheet(tmp_path, paint, out, in_notebook):
+    photos = [save_photo(tmp_path / f"{n}.png", size=(20, 20 + n)) for n in range(26)]
+    paint(photos, config=replace(CONFIG, num_steps=1, max_size=16))
+    picture, page = page_picture(in_notebook)
+    assert picture.size == (1024, 924)
+    with Image.open(sheets_in(out)[0]) as sheet:
+        assert sheet.size == (6 * 240, 5 * 260)
+    assert len(page) < sheets_in(out)[0].stat().st_size
 
 
 # Going on -----------------------------------------------------------------------------------------
@@ -148,7 +177,7 @@ def test_an_interrupted_folder_goes_on_with_what_is_missing(monkeypatch, photos,
 
     with monkeypatch.context() as patch:
         patch.setattr(nst, "stylize", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"a.png, 2 of 3.* same call goes on"):
             paint(photos)
     (first,) = out.iterdir()  # the first photo's, and no part of the second's
     data = first.read_bytes()
@@ -175,7 +204,6 @@ def test_what_is_finished_is_not_painted_again(photos, paint, painted, config, f
 CHANGES = {
     "a setting": {"config": replace(CONFIG, style_weight=41)},
     "the painting": {"painting": IMAGES / "stained_glass.jpg"},
-    "the format": {"format": "webp"},
 }
 
 
@@ -203,14 +231,6 @@ def test_a_painting_without_a_file_is_never_taken_for_another(photos, paint, pai
     assert len(painted) == 6
 
 
-def stopped(steps, photo):
-    return next(steps)
-
-
-def blended(steps, photo):
-    return nst.blend_with_photo(last(steps), photo, 0.5)
-
-
 def test_of_a_cut_out_painting_what_is_visible_counts(photos, paint, painted, tmp_path, shallow):
     with Image.open(PAINTING) as picture:
         painting = picture.resize((40, 30)).convert("RGBA")
@@ -226,25 +246,52 @@ def test_of_a_cut_out_painting_what_is_visible_counts(photos, paint, painted, tm
     assert painted == []  # they are done
 
 
-@pytest.mark.parametrize(
-    ("pictures", "change"),
-    [({}, stopped), ({}, blended), ({"keep": half_mask((24, 32))}, lambda steps, _: last(steps))],
-    ids=["stopped", "blended", "kept in part"],
-)
-def test_other_pictures_of_a_photo_do_not_count(photos, paint, out, shallow, pictures, change):
+@pytest.mark.parametrize("pictures", [{}, {"keep": half_mask((24, 32))}], ids=["stopped", "kept"])
+def test_a_stopped_run_or_one_with_masks_does_not_count(photos, paint, out, shallow, pictures):
     photo = photos / "a.jpg"
     content, style = nst.load_image(photo, 32), nst.load_image(PAINTING, 32)
     steps = nst.stylize(content, style, CONFIG, network=shallow, **pictures)
-    other = nst.save_image(change(steps, content), out, photo=photo, paintings=[PAINTING])
+    step = last(steps) if pictures else next(steps)
+    other = nst.save_image(step, out, photo=photo, paintings=[PAINTING])
     assert paint([photo])[photo] != other
 
 
-def test_a_picture_from_the_panel_counts(photos, paint, out, shallow):
+@pytest.mark.parametrize("strength", [1, 0.5])
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_picture_from_the_panel_counts(photos, paint, out, shallow, format, strength):
     photo = photos / "a.jpg"
     content, style = nst.load_image(photo, 32), nst.load_image(PAINTING, 32)
     step = last(nst.stylize(content, style, CONFIG, network=shallow))
-    path = nst.save_image(step, out, photo=photo, paintings=[PAINTING])
+    if strength < 1:
+        step = nst.blend_with_photo(step, content, strength)
+    path = nst.save_image(step, out, photo=photo, paintings=[PAINTING], format=format)
     assert paint([photo]) == {photo: path}
+
+
+def test_photos_with_the_same_bytes_have_a_picture_each(photos, paint, painted):
+    for name in ("a_1.jpg", "copy.jpg"):
+        shutil.copy(photos / "a.jpg", photos / name)
+    files = paint(photos)
+    assert len({*files.values()}) == len(files) == 5
+    assert all(path.name.startswith(f"{photo.stem}_2") for photo, path in files.items())
+    painted.clear()
+    assert paint(photos) == files
+    assert painted == []
+    files[photos / "a_1.jpg"].unlink()
+    others = paint(photos)
+    assert len(painted) == 1
+    assert len({*others.values()}) == 5
+
+
+def test_with_nothing_new_no_second_contact_sheet_is_saved(photos, paint, out, in_notebook):
+    paint(photos)
+    assert len(sheets_in(out)) == len(in_notebook) == 1
+    paint(photos)
+    assert len(sheets_in(out)) == 1
+    assert len(in_notebook) == 2  # it is shown again
+    save_photo(photos / "c.png", "yellow")
+    paint(photos)
+    assert len(sheets_in(out)) == 2
 
 
 def test_results_among_the_photos_are_not_painted(photos, paint, painted):
@@ -264,19 +311,128 @@ def test_photos_that_cannot_be_read_are_reported_once_at_the_end(photos, paint, 
     (photos / "phone.HEIC").write_bytes(b"not one")
     gone = photos / "gone.png"
     with pytest.warns(nst.StyleTransferWarning) as warned:
-        files = paint([*nst._photos_in(photos), gone])
+        files = paint([*sorted(photos.iterdir()), gone])
     (warning,) = warned
     bad = [photos / "a.jpg", photos / "phone.HEIC", gone]
     assert [photo for photo, path in files.items() if path is None] == bad
-    assert [path.name in str(warning.message) for path in bad] == [True] * 3
+    assert [str(warning.message).count(path.name) for path in bad] == [1] * 3
     assert len(list(out.glob("*.png"))) == 2
     assert len(sheets_in(out)) == 1
 
 
-def test_no_contact_sheet_is_made_of_nothing(photos, paint, out):
-    with pytest.warns(nst.StyleTransferWarning, match="gone"):
-        assert paint([photos / "gone.png"]) == {photos / "gone.png": None}
+FAILURES = {
+    "load_image": MemoryError(),
+    "stylize": FileNotFoundError("odd"),
+    "paint": FloatingPointError("NaN"),
+    "save_image": KeyError("x"),
+}
+
+
+@pytest.mark.parametrize(("place", "error"), FAILURES.items(), ids=FAILURES)
+def test_whatever_fails_the_other_photos_are_painted(monkeypatch, photos, paint, out, place, error):
+    real = getattr(nst, place)
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(nst, place, failing)
+    with pytest.warns(nst.StyleTransferWarning, match=r"2 of 3 photos .*\na.png") as warned:
+        files = paint(photos)
+    assert (str(error) or "MemoryError") in str(warned[-1].message)
+    assert [photo.name for photo, path in files.items() if path is None] == ["a.png"]
+    assert len(sheets_in(out)) == 1
+
+
+def test_a_contact_sheet_that_fails_hides_nothing(monkeypatch, photos, paint, out):
+    (photos / "b.webp").write_bytes(b"not one")
+    monkeypatch.setattr(nst.ImageOps, "pad", fail(MemoryError()))
+    with pytest.warns(nst.StyleTransferWarning, match=r"(?s)b\.webp.*contact sheet.*MemoryError"):
+        files = paint(photos)
+    assert [path is None for path in files.values()] == [False, False, True]
+
+
+def test_if_every_photo_fails_that_is_an_error(photos, paint, out):
+    with pytest.raises(RuntimeError, match=r"(?s)0 of 2 .*gone.*lost"):
+        paint([photos / "gone.png", photos / "lost.png"])
     assert list(out.iterdir()) == []
+
+
+# Subfolders, addresses, names ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(photos, tmp_path) -> Path:
+    """A camera's card: photos two folders deep, and none above; hidden and empty folders."""
+    root = tmp_path / "card"
+    for name in ("DCIM/100APPLE", "DCIM/101APPLE", ".trash", "notes"):
+        (root / name).mkdir(parents=True)
+    for name in ("DCIM/100APPLE", "DCIM/101APPLE", ".trash"):
+        shutil.copy(photos / "a.jpg", root / name)
+    (root / "notes" / "a.txt").write_text("no picture")
+    return root
+
+
+def test_subfolders_with_photos_are_named_if_they_are_passed_over(card, paint, photos):
+    with pytest.raises(ValueError, match=r"recursive=True .*DCIM/100APPLE, DCIM/101APPLE too"):
+        paint(card)
+    shutil.copy(photos / "b.webp", card)
+    with pytest.warns(nst.StyleTransferWarning, match="DCIM/101APPLE") as warned:
+        assert list(paint(card)) == [card / "b.webp"]
+    assert "trash" not in str(warned[0].message)
+    assert "notes" not in str(warned[0].message)
+
+
+def test_the_folder_of_the_results_is_not_named(recwarn, photos, paint):
+    for _ in range(2):
+        paint(photos, output_folder=photos / "out")
+    assert [*recwarn] == []
+
+
+def test_photos_in_subfolders_have_their_results_in_subfolders(card, paint, painted, out):
+    files = paint(card, recursive=True)
+    folders = ("DCIM/100APPLE", "DCIM/101APPLE")
+    assert list(files) == [card / name / "a.jpg" for name in folders]
+    assert [path.parent for path in files.values()] == [out / name for name in folders]
+    assert len(sheets_in(out)) == 1
+    painted.clear()
+    assert paint(card, recursive=True) == files
+    files[card / folders[0] / "a.jpg"].unlink()
+    assert all(path.is_file() for path in paint(card, recursive=True).values())
+    assert len(painted) == 1
+
+
+def test_a_list_may_hold_addresses(monkeypatch, photos, paint):
+    fetched = []
+
+    def fetch(address):
+        fetched.append(address)
+        return (photos / "b.webp").read_bytes()
+
+    monkeypatch.setattr(nst, "_fetch", fetch)
+    address = "https://example.org/photos/b.webp?size=large"
+    files = paint([address, f"'{photos / 'a.png'}'"])
+    assert list(files) == [address, photos / "a.png"]
+    assert files[address].name.startswith("b_")
+    assert {*fetched} == {address}
+    nameless = "https://example.org/?id=3"
+    assert paint([nameless])[nameless].is_file()
+    monkeypatch.setattr(nst, "_fetch", fail(ConnectionError("no network")))
+    with pytest.raises(RuntimeError, match=re.escape(f"{nameless}: no network")):
+        paint([nameless])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+def test_an_old_console_does_not_end_a_folder(monkeypatch, tmp_path, paint, encoding):
+    photo = save_photo(tmp_path / "写真 é.png")
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding))
+    assert paint([photo])[photo].is_file()
+    sys.stdout.flush()
+    assert "??" in console.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("name", ["100%d $x$ 写真.png", f"{'写' * 80}.png", f"{'x' * 200}.png"])
@@ -287,19 +443,20 @@ def test_any_name_of_a_photo_is_good_enough(tmp_path, paint, name):
     assert nst.load_image(path).shape == (1, 3, 24, 32)
 
 
-@settings(
-    max_examples=10,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(st.sets(st.integers(1, 30), min_size=1, max_size=30))
-def test_a_contact_sheet_has_room_for_any_number(tmp_path_factory, numbers):
-    folder = tmp_path_factory.mktemp("out")
-    picture = nst.save_image(torch.zeros(1, 3, 16, 16), folder)
-    nst._save_contact_sheet({Path(f"{number}.png"): picture for number in numbers}, folder)
-    with Image.open(sheets_in(folder)[0]) as sheet:
-        columns, rows = sheet.width // nst._SHEET_SIDE, sheet.height // nst._SHEET_SIDE
-    assert (columns - 1) ** 2 < len(numbers) <= columns * rows <= columns**2
+@pytest.mark.parametrize("name", [b"not utf-8 \xff.png", "\N{PILE OF POO}.png".encode()])
+def test_a_name_that_no_font_has_is_good_enough(tmp_path, paint, out, in_notebook, name):
+    photo = save_photo(tmp_path / os.fsdecode(name))
+    assert paint([photo])[photo].is_file()
+    assert len(sheets_in(out)) == len(in_notebook) == 1
+    in_notebook[0].data.encode()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_a_contact_sheet_has_room_for_any_number(tmp_path, paint, out, count):
+    paint([save_photo(tmp_path / f"{number}.png") for number in range(count)])
+    with Image.open(sheets_in(out)[0]) as sheet:
+        columns, rows = sheet.width // 240, sheet.height // 260
+    assert (columns - 1) ** 2 < count <= columns * rows <= columns**2
 
 
 def test_what_cannot_be_painted_is_refused_before_any_work(tmp_path, photos, paint, painted, out):

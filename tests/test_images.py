@@ -52,23 +52,12 @@ def test_shrinking_keeps_the_shape_and_16_pixels(size, long_side, expected):
     assert nst.shrink_to(torch.zeros(1, 3, *size), long_side).shape == (1, 3, *expected)
 
 
-# Padding ------------------------------------------------------------------------------------------
-
-
-def test_padding_mirrors_four_pixels_at_each_side():
-    image = torch.arange(6.0).expand(1, 3, 6, 6)
-    expected = torch.tensor([4.0, 3, 2, 1, 0, 1, 2, 3, 4, 5, 4, 3, 2, 1]).expand(1, 3, 14, 14)
-    assert torch.equal(nst._pad(image), expected)
-    assert torch.equal(nst._pad(image.mT), expected.mT)
-    assert torch.equal(nst._crop(expected), image)
-
-
 def test_an_image_is_blurred_only_before_it_is_enlarged():
     dot = torch.zeros(1, 3, 9, 9)
     dot[..., 4, 4] = 1
-    assert nst._enlarge_softly(dot, (9, 9)) is dot
-    assert torch.equal(nst._enlarge_softly(dot, (6, 6)), nst.resize(dot, (6, 6)))
-    soft = nst._enlarge_softly(dot, (27, 27))
+    same, small, soft = (nst._enlarge_softly(dot, (side, side)) for side in (9, 6, 27))
+    assert same is dot
+    assert torch.equal(small, nst.resize(dot, (6, 6)))
     assert 0.1 < soft.max() < nst.resize(dot, (27, 27)).max() / 2
     # Direct neighbours count half as much as the pixel itself: (½, 1, ½) / 2.
     assert soft[..., 13, 13].mean().item() == pytest.approx(1 / 4, abs=0.02)

@@ -101,11 +101,15 @@ def test_the_form_has_the_default_settings_and_the_config_takes_each():
     assert [name for name in values if f"{name}={name}" not in config] == []
 
 
-def test_every_control_on_the_list_can_be_swept():
+def test_every_control_on_the_list_has_values_to_try():
     (source,) = [cell.source for cell in code if cell.source.startswith("control = ")]
     choices = json.loads(source.split("#@param")[1].splitlines()[0])
-    assert choices[0] == "off"
-    assert {*choices[1:]} <= {*nst._CONTROL_VALUES}
+    values = ast.literal_eval(ast.parse(source).body[1].value)
+    assert choices == ["off", *values]
+    for name, tried in values.items():
+        configs = [nst.StyleTransferConfig(**{name: value}) for value in tried]
+        assert nst.StyleTransferConfig() in configs or name == "num_steps"
+        assert len({*map(str, configs)}) == len(tried) >= 2
 
 
 def test_every_link_to_a_section_leads_to_one():
@@ -140,7 +144,7 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     assert record["finished"]
     assert record["photo"] == sha256(IMAGES / "chelsea.png")
     assert record["paintings"][0] == sha256(IMAGES / "stained_glass.jpg")
-    for part in ("nst.sweep_control(", "keep=keep", "nst.paint_folder("):
+    for part in ("nst.sweep(", "keep=keep", "nst.paint_folder("):
         (cell,) = [
             cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if part in cell.source
         ]

@@ -9,6 +9,7 @@ import threading
 import types
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 import ipywidgets
 import pytest
@@ -108,11 +109,33 @@ def test_colab_downloads_a_picture_at_once(colab, tmp_path):
     assert colab.downloads == [str(tmp_path / "picture.png")]
 
 
-def test_elsewhere_a_link_is_shown(displayed, tmp_path):
-    path = tmp_path / "picture.png"
-    nst.offer_download(path)
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("outputs/picture.png", "outputs/picture.png"),
+        ("out #1/100% what?.png", "out%20%231/100%25%20what%3F.png"),
+        ('a:"b".png', "a%3A%22b%22.png"),
+        ("café/写.png", "caf%C3%A9/%E5%86%99.png"),
+    ],
+)
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_elsewhere_a_link_is_shown(monkeypatch, displayed, tmp_path, path, address, is_absolute):
+    monkeypatch.chdir(tmp_path)
+    nst.offer_download(tmp_path / path if is_absolute else Path(path))
     (shown,) = displayed
-    assert f'download="{path.name}" href="{path.as_posix()}"' in shown.data
+    name = html.escape(Path(path).name)
+    assert f'download="{name}" href="{address}"' in shown.data
+
+
+@pytest.mark.parametrize("path", ["../picture.png", "{}/elsewhere/a & b.png", "{}/notebook2/a.png"])
+def test_of_a_file_outside_the_folder_the_path_is_shown(monkeypatch, displayed, tmp_path, path):
+    (tmp_path / "notebook").mkdir()
+    monkeypatch.chdir(tmp_path / "notebook")
+    path = path.format(tmp_path)
+    nst.offer_download(Path(path))
+    (shown,) = displayed
+    assert html.escape(Path(path).as_posix()) in shown.data
+    assert "href" not in shown.data
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "all", True])

@@ -1,5 +1,7 @@
 """The README's code runs, and the settings, commands and files it names exist."""
 
+import dataclasses
+import pathlib
 import re
 import shutil
 import sysconfig
@@ -16,10 +18,20 @@ def test_its_code_runs(monkeypatch, tmp_path):
     small = snippet.replace("max_size=256", 'max_size=32, quality="quick", weights="bundled"')
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").symlink_to(ROOT / "images")
-    exec(small, {})
+    names = {"dataclasses": dataclasses, "pathlib": pathlib}
+    exec(small, names)
     nst.plt.close("all")
     assert (tmp_path / "outputs" / "sheet.png").is_file()
     assert len(list((tmp_path / "outputs").glob("stylized_output_*.png"))) == 1
+    (tmp_path / "frames").mkdir()
+    for number in (1, 2):
+        nst.to_pil(names["photo"]).save(tmp_path / "frames" / f"{number:05}.png")
+    (recipe,) = re.findall(r"```python\n(result.*?)```", README, re.DOTALL)
+    exec(recipe, names)
+    first, second = sorted((tmp_path / "painted").iterdir())
+    assert (first.name[:6], second.name[:6]) == ("00001_", "00002_")
+    assert nst.read_record(second)["settings"]["num_steps"] == 10
+    assert nst.read_record(second)["own_pictures"] == ["start"]
 
 
 def test_its_commands_exist():

@@ -30,11 +30,11 @@ GOOD_VALUES = {
     "learning_rate": [1, 1e-3],
     "content_layers": [("relu5_4",), ("relu3_1", "relu4_2")],
     "style_layers": [("relu1_1", "relu2_2", "relu3_1", "relu5_4")],
-    "style_layer_weights": [(0, 0, 0, 1), (0.1, 3, 1, 0)],
+    "style_layer_weights": ["equal", (0, 0, 0, 1), (0.1, 3, 1, 0)],
     "pooling": ["max", "average"],
     "weights": ["auto", "torchvision", "bundled", "vgg19.pth"],
     "precision": ["auto", "float32", "float16", "bfloat16"],
-    "checkpoint": [False, "auto", True],
+    "checkpoint": [False, "auto", 1024, True],
     "device": ["auto", "cpu", "cuda", "mps", "cuda:1"],
     "noise": [0, 0.5],
     "seed": [0, 2**63 - 1],
@@ -57,11 +57,11 @@ BAD_VALUES = {
     "learning_rate": [0],
     "content_layers": ["relu4_2", ("relu9_9",), None],
     "style_layers": [(), ("conv1_1",), ("relu1_1", "relu1_1")],
-    "style_layer_weights": [(0, 0, 0, 0), (1, 2, 3, "4"), (1, 2, 3), (1, 2, 3, 4, 5), 3],
+    "style_layer_weights": [(0, 0, 0, 0), (1, 2, 3, "4"), (1.0, 2.0, 3.0), 3, "even"],
     "pooling": ["median"],
     "weights": ["", None],
     "precision": ["float8", None],
-    "checkpoint": [1, "yes"],
+    "checkpoint": [-1, 2.5, "yes"],
     "device": ["gpu", "cuda:"],
     "noise": [-0.1],
     "seed": [-1, 2**63],
@@ -93,7 +93,7 @@ def test_a_good_value_is_kept(name, value):
 
 @pytest.mark.parametrize("make", [nst.StyleTransferConfig, lambda **given: replace(TINY, **given)])
 def test_a_misspelt_setting_is_refused(make):
-    with pytest.raises(TypeError, match="style_wieght"):
+    with pytest.raises(TypeError, match=r"style_wieght.*did you mean style_weight\?$"):
         make(style_wieght=3)
 
 
@@ -113,11 +113,21 @@ def test_a_config_survives_json():
     assert hash(again) == hash(config)  # no lists are left
 
 
-def test_lists_become_tuples_and_paths_text():
-    path = Path("my weights") / "vgg19.pth"
-    config = replace(TINY, style_blend=[1, 2], content_layers=["relu3_1"], weights=path)
+def test_lists_become_tuples_and_paths_and_devices_text():
+    path, device = Path("my weights") / "vgg19.pth", torch.device("cuda", 1)
+    lists = {"style_blend": [1, 2], "content_layers": ["relu3_1"]}
+    config = replace(TINY, **lists, weights=path, device=device)
     assert (config.style_blend, config.content_layers) == ((1, 2), ("relu3_1",))
-    assert config.weights == str(path)
+    assert (config.weights, config.device) == (str(path), "cuda:1")
+    assert replace(TINY, device=torch.device("cpu")) == TINY
+
+
+def test_the_style_layers_can_be_changed_alone():
+    """Their weights are "equal", for any number of layers."""
+    assert replace(nst.StyleTransferConfig(), style_layers=("relu1_1",)).layers == (
+        "relu4_2",
+        "relu1_1",
+    )
 
 
 def test_a_config_cannot_be_changed():
