@@ -3101,8 +3101,8 @@ def read_record(source: _File) -> dict[str, Any]:
 
     {"settings", "asked": those that were asked for otherwise, such as "auto", "own_pictures": which
     of masks, keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``,
-    "weights", "strength": of ``blend_with_photo``, "strips": how many blocks of VGG19 each scale
-    computed in strips, "step", "finished", "packages", "notes"}. No pixel is decoded.
+    "weights", "strength": of ``blend_with_photo``, "step", "finished", "packages", "notes"}. No
+    pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, file = _name_of(source), _open_file(source)
