@@ -668,6 +668,9 @@ def _edges(image: Tensor) -> Tensor:
 
 _LEAST_VARIANCE = 1e-5  # of colours: a standard deviation of about one level in 256
 _LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+_DARKEST_SHARE = 0.02  # of the pixels
+_LIGHTNESS_SAMPLES = 2**16  # pixels looked at to find them
+_MOST_GAIN = 3.0  # of the darks: the noise of a flat photo is not amplified more
 _Limits = tuple[float, float] | tuple[Tensor, Tensor]  # the least and the most a pixel may be
 
 
@@ -694,6 +697,28 @@ def match_colors(image: Tensor, target: Tensor, part: Tensor | None = None) -> T
     centred = pixels - measured.mean(1, keepdim=True)
     matched = to_target @ from_image @ centred + target_pixels.mean(1, keepdim=True)
     return matched.to(image.dtype).view(image.shape).to(image.device)
+
+
+def _darkest(lightness: Tensor) -> Tensor:
+    """The mean of the darkest fiftieth of the pixels."""
+    values = lightness.flatten()
+    values = values[:: len(values) // _LIGHTNESS_SAMPLES + 1].sort().values
+    return values[: math.ceil(_DARKEST_SHARE * len(values))].mean()
+
+
+def _match_palette(photo: Tensor, part: Tensor, painting: Tensor) -> Tensor:
+    """The photo, of which a part counts, in the colours of a painting, and with darks as dark.
+
+    Departure: the covariance of a nearly white painting would make the photo's darks pale, though
+    the painting has darks too, only few. So what is darker than the mean is darkened further.
+    """
+    matched = match_colors(photo, painting, part)
+    counted = matched if part is photo else match_colors(part, painting)
+    mean = counted.mean()
+    reach = (mean - _darkest(counted.mean(1))).clamp_min(_SMALLEST_NORM)
+    gain = ((mean - _darkest(painting.mean(1))) / reach).clamp(1, _MOST_GAIN)
+    darks = (matched.mean(1, keepdim=True) - mean).clamp(max=0)
+    return (matched + (gain - 1) * darks).clamp(0, 1)
 
 
 def _luminance(image: Tensor) -> Tensor:
@@ -763,7 +788,7 @@ def _recolor(
     """The photo, of which a part counts, in the palettes of the paintings, each by its share."""
     recolored = photo * (1 - sum(shares))  # what no share claims stays as it is
     for palette, share in zip(palettes, shares, strict=True):
-        recolored = recolored + share * match_colors(photo, palette, part).clamp(0, 1)
+        recolored = recolored + share * _match_palette(photo, part, palette)
     return recolored.clamp(0, 1)
 
 
@@ -783,7 +808,7 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _must_be(allowed: str, accepts: Callable[[Any], bool]) -> AfterValidator:
@@ -1159,6 +1184,16 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
 _LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
 
+# The trial that tells how much of the photo a pair of pictures needs: see ``_find_balance``.
+_TRIAL_LONG_SIDE = 160  # pixels
+_BALANCE_STEPS = 11
+_TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
+_TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
+_EASY_STYLE = 0.06  # the style loss that it leaves where the painting suits the photo
+_BALANCE_POWER = 1.5
+_MOST_BALANCE = 8.0
+_FINEST_POWER = 0.5  # of the balance, at the finest scale: by then the composition is settled
+
 # At the finest scale: the first block that is not looked at, and the layer for the content instead.
 _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 
@@ -1262,6 +1297,8 @@ class Job:
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
+    balance: how many times as much as ``config.content_weight`` the photo counts, 1 to 8; ``None``
+        until it is found, by ``_find_balance``, and 1 then for ``paint``.
     notes: what has gone wrong so far.
     """
 
@@ -1278,6 +1315,7 @@ class Job:
     picture: Tensor | None = None
     steps_done: int = 0
     progress: float = 0.0
+    balance: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -1352,7 +1390,8 @@ def _first_picture(job: Job, content: Tensor, styles: Sequence[Tensor]) -> Tenso
     """
     config, size = job.config, job.scales[0].size
     generator = torch.Generator().manual_seed(config.seed)  # on the CPU: the same everywhere
-    noise = torch.randn((1, 3, *size), generator=generator).to(content)
+    noise = torch.randn((1, 3, *size), generator=generator, dtype=torch.float32, device="cpu")
+    noise = noise.to(content)
     if job.start is not None:
         start = job.start
     elif config.init == "noise":
@@ -1493,19 +1532,22 @@ def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> 
 def _calculate_losses(
     config: StyleTransferConfig,
     scene: _Scene,
+    balance: float,
     canvas: Tensor,
     features: _Features,
     statistics: Mapping[str, Statistics],
 ) -> dict[str, Tensor]:
     """{"content", "style", "tv", "total"}, 0-d each.
 
-    The total is equation 7 of the paper, α × content + β × style, plus total variation.
+    The total is equation 7 of the paper, α × content + β × style, plus total variation. Departure:
+    α is ``config.content_weight`` times the balance that ``_find_balance`` has found.
     """
     content = calculate_content_loss(features, scene.content, scene.content_guides)
     weights, shares = scene.layer_weights, scene.region_shares
     style = calculate_style_loss(statistics, scene.style, weights, shares)
     tv = total_variation_loss(canvas)
-    total = config.content_weight * content + config.style_weight * style + config.tv_weight * tv
+    content_weight = balance * config.content_weight
+    total = content_weight * content + config.style_weight * style + config.tv_weight * tv
     return {"content": content, "style": style, "tv": tv, "total": total}
 
 
@@ -1544,13 +1586,15 @@ def paint(job: Job) -> Iterator[Step]:
         scene = _set_scene(job, scale, photo, styles)
         canvas = _start_canvas(picture, photo, config)
         optimizer = _make_optimizer(job, scale, canvas, scene.limits)
+        is_finest = scale.size == job.scales[-1].size != job.scales[0].size
+        balance = (job.balance or 1.0) ** (_FINEST_POWER if is_finest else 1)
         last = number + scale.steps
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
                 seen = network.look(canvas, scene.content, scene.style, scene.guides, scale.strips)
                 # 2. How far is it from the photo, and from the style of the painting?
-                losses = _calculate_losses(config, scene, canvas, *seen)
+                losses = _calculate_losses(config, scene, balance, canvas, *seen)
                 # 3. Which way must each pixel change?
                 gradient = differentiator.gradient(losses["total"], canvas)
             if gradient is None:
@@ -1563,6 +1607,36 @@ def paint(job: Job) -> Iterator[Step]:
             progress = job.progress + (1 - job.progress) * work / total_work
             losses = {name: loss.detach() for name, loss in losses.items()}
             yield Step(number, total_steps, progress, _finish(job, picture), losses, picture, job)
+
+
+def _plan_trial(job: Job) -> Job | None:
+    """A few steps with the style alone, at a small size; ``None`` where they would not pay."""
+    config = job.config
+    photo = shrink_to(job.content, _TRIAL_LONG_SIDE)
+    scale = Scale(_size_of(photo), _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
+    is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
+    if not is_weighed or scale.work > _TRIAL_SHARE * sum(scale.work for scale in job.scales):
+        return None
+    style_alone = replace(
+        config, content_weight=0, tv_weight=0, scales=1, optimizer="lbfgs", init="content", noise=0
+    )
+    return replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
+
+
+def _find_balance(job: Job) -> float:
+    """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
+
+    Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
+    swirls, which recur, are soon in place. What is left is what the painting has once, and the
+    photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
+    objects, unless these count more.
+    """
+    trial = _plan_trial(job)
+    if trial is None:
+        return 1.0
+    *_, last = paint(trial)
+    found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
+    return min(max(1.0, found), _MOST_BALANCE)
 
 
 # ==================================================================================================
@@ -1583,60 +1657,34 @@ def _convolve(device: torch.device, dtype: torch.dtype) -> float:
     return nn.functional.conv2d(ones, kernel, padding=1).max().item()
 
 
-def _has_code_for(capability: tuple[int, int]) -> bool:
-    """Whether this torch was built for NVIDIA's GPUs of this compute capability.
-
-    Code for sm_80 runs on 8.x from 8.0 on. compute_80 is compiled when needed, on any later GPU.
-    """
-    for name in torch.cuda.get_arch_list():
-        kind, number = name.split("_")
-        built_for = divmod(int(re.sub(r"\D", "", number)), 10)
-        same_major = kind == "compute" or built_for[0] == capability[0]
-        if same_major and built_for <= capability:
-            return True
-    return False
-
-
-def _why_unusable(device: torch.device) -> str:
-    """Why this torch cannot use a CUDA device; empty if it can."""
-    name = torch.cuda.get_device_name(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    install = "see pytorch.org for a version that does"
-    # On AMD's GPUs, the numbers mean something else.
-    if torch.version.hip is None and not _has_code_for((major, minor)):
-        return f"torch {torch.__version__} does not support {name} (sm_{major}{minor}): {install}"
-    try:
-        _convolve(device, torch.float32)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        return f"torch {torch.__version__} does not work on {name} ({reason}): {install}"
-    return ""
-
-
 def _pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+    """The device of this name; "auto" is CUDA, else Intel's XPU, else Apple's MPS, else the CPU.
 
-    ``ValueError`` if this machine does not have it, or has a GPU that this torch cannot use;
-    "auto" is the CPU then, with a ``StyleTransferWarning``.
+    ``ValueError`` if this machine does not have it, or has a GPU on which this torch fails a small
+    convolution; "auto" is the CPU then, with a ``StyleTransferWarning``.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        available = ["cuda", *numbered, *available]
+    available = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    for kind in ("xpu", "cuda"):
+        gpus = getattr(torch, kind)
+        if gpus.is_available():
+            numbered = [f"{kind}:{number}" for number in range(gpus.device_count())]
+            available = [kind, *numbered, *available]
     chosen = available[0] if name == "auto" else str(name)
     if chosen not in available:
         allowed = f"{', '.join(map(repr, ['auto', *available]))} on this machine"
         raise ValueError(f"device must be {allowed}, not {chosen!r}.")
     device = torch.device(chosen)
-    problem = _why_unusable(device) if device.type == "cuda" else ""
-    if problem and name == "auto":
-        _warn(f"The CPU is used, since {problem}.")
+    try:
+        if device.type != "cpu":
+            _convolve(device, torch.float32)
+        return device
+    except RuntimeError as error:  # too old or too new a GPU for this torch, or no memory
+        reason = str(error).partition("\n")[0]
+    problem = f"torch {torch.__version__} does not work on {chosen!r} here ({reason})"
+    if name == "auto":
+        _warn(f"The CPU is used, since {problem}: see pytorch.org for a version that does.")
         return torch.device("cpu")
-    if problem:
-        raise ValueError(f"device must be 'cpu' here, not {chosen!r}: {problem}.")
-    return device
+    raise ValueError(f"device must be 'cpu', not {chosen!r}: {problem}.")
 
 
 @functools.cache
@@ -1655,12 +1703,12 @@ def _bfloat16_is_faster(device: torch.device) -> bool:
 def _pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of the convolutions; ``ValueError`` if ``device`` does not have it.
 
-    "auto" is, on CUDA, bfloat16 from Ampere on, and float16 on the tensor cores before, unless a
-    trial overflows; on a CPU or an AMD GPU, whichever of bfloat16 and float32 is faster. Set it
-    explicitly for bit-identical runs.
+    "auto" is, on NVIDIA's GPUs, bfloat16 from Ampere on, and float16 on the tensor cores before,
+    unless a trial overflows; on a CPU or a GPU of AMD or Intel, whichever of bfloat16 and float32
+    is faster. Set it explicitly for bit-identical runs.
     """
     is_nvidia = device.type == "cuda" and torch.version.hip is None
-    is_timed = device.type == "cpu" or (device.type == "cuda" and not is_nvidia)
+    is_timed = device.type != "mps" and not is_nvidia
     capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
     available = ["auto", "float32", "float16"]
     if is_timed or capability >= _AMPERE:
@@ -1689,9 +1737,15 @@ _BYTES_OF_HISTORY = 136  # more, for L-BFGS
 _HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 _SLOWDOWN = {0: 1.0, 1: 1.15, _ALL_BLOCKS: 2.2}  # by the number of blocks in strips
 _SHALLOW_SHARE = 0.65  # of a step's time, at a shallow scale
-_TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "mps": 512}  # pixels of the picture that is timed
+_TRIAL_SIDES = {
+    "cpu": 192,
+    "cuda": 1024,
+    "xpu": 1024,
+    "mps": 512,
+}  # pixels of the picture that is timed
 _TRIAL_STEPS = 4
-_CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what a container may use
+_CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what groups of processes may use
+_OWN_GROUPS = Path("/proc/self/cgroup")  # and in which of them this process is
 
 
 def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
@@ -1713,43 +1767,36 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
 
 
-def _container_bytes(folder: Path) -> float:
-    """The bytes that this process's container (Docker, JupyterHub, Binder) leaves it.
-
-    Infinite where there is no limit. psutil sees the whole machine instead.
-    """
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no container, or "max"
-        return math.inf
-    statistics = dict(line.split() for line in lines)
-    cache = int(statistics.get("inactive_file", 0))  # given back when needed
-    return max(0, limit - used + cache)
+def _in_groups(*files: str) -> Iterator[list[str]]:
+    """The words in these files, of each control group that this process is in, and its parents."""
+    controller = files[0].partition(".")[0]
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+        if controller in controllers.split(",") or not controllers:
+            own = _CONTAINER / (controllers and controller) / path.strip("/")
+            for folder in (own, *own.parents):
+                with contextlib.suppress(OSError):
+                    yield " ".join((folder / file).read_text() for file in files).split()
 
 
-def _container_cpus(folder: Path) -> float:
-    """How many CPUs this process's container may use at a time; infinite without a limit.
+def _container_bytes() -> float:
+    """The bytes that this process's groups (Docker, SLURM, JupyterHub) leave it, or infinity."""
+    left = math.inf
+    version_2 = _in_groups("memory.max", "memory.current", "memory.stat")
+    version_1 = _in_groups("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    for limit, used, *statistics in itertools.chain(version_2, version_1):
+        if limit != "max":
+            cache = statistics[statistics.index("inactive_file") + 1]  # given back when needed
+            left = min(left, max(0, int(limit) - int(used) + int(cache)))
+    return left
 
-    Otherwise torch starts a thread for every core of the host, and they wait for each other.
-    """
-    try:
-        quota, period = map(int, (folder / "cpu.max").read_text().split())
-    except (OSError, ValueError):  # no container, or "max"
-        return math.inf
-    return quota / period
 
-
-@contextlib.contextmanager
-def _fitting_threads() -> Iterator[None]:
-    """No more threads than the container has CPUs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, math.floor(min(threads, _container_cpus(_CONTAINER)))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _container_cpus() -> float:
+    """How many CPUs this process's groups may use at a time, or infinity."""
+    limits = itertools.chain(
+        _in_groups("cpu.max"), _in_groups("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    )
+    return min((int(q) / int(p) for q, p in limits if q not in ("max", "-1")), default=math.inf)
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -1758,7 +1805,7 @@ def _free_bytes(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
-    return min(psutil.virtual_memory().available, _container_bytes(_CONTAINER))
+    return min(psutil.virtual_memory().available, _container_bytes())
 
 
 def _check_memory(job: Job) -> None:
@@ -1809,11 +1856,14 @@ def _fit_into_memory(job: Job) -> Job:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Tell glibc to keep freed memory, or to return it to the system.
+    """Tell glibc to keep freed memory, or return it, and a GPU's, to the system.
 
     Memory that comes back from the system must be cleared first: about a tenth of a step at 1024
-    pixels. In strips, which matter where memory is short, returning it halves what a run takes.
+    pixels. In strips, which matter where memory is short, keeping it takes half as much again.
     """
+    if not keep:  # cuBLAS, for one, takes its memory from what torch has not reserved
+        torch.cuda.empty_cache()
+        torch.xpu.empty_cache()
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(library, "mallopt", None)  # other C libraries are left alone
     if mallopt is None:
@@ -1833,9 +1883,9 @@ _SHRINK_AFTER_MEMORY = 1 / math.sqrt(2)  # of the sides, when memory runs out: h
 
 
 def _taking_turns(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, one at a time where several runs paint in this process."""
+    """The steps, one at a time where several runs paint in this process, and with gradients."""
     while True:
-        with _STEP_LOCK:
+        with _STEP_LOCK, torch.inference_mode(False):
             step = next(steps, None)
         if step is None:
             return
@@ -1893,18 +1943,20 @@ def _in_less_memory(job: Job) -> Job:
     return replace(job, scales=[smaller], notes=(*job.notes, note))
 
 
-_OUT_OF_MEMORY = (
-    "out of memory",  # GPUs
-    "allocate memory",  # Linux
-    "not enough memory",  # Windows
-    "could not create a primitive",  # oneDNN
+# How each platform says it. One that knows only some of these words ends a run for nothing.
+_OUT_OF_MEMORY = re.compile(
+    r"out.?of.?(device.?|host.?)?(memory|resources)"  # the GPUs of NVIDIA, AMD, Intel and Apple
+    r"|alloc.?failed|unable to find an engine"  # cuBLAS, cuDNN, MIOpen
+    r"|invalid buffer size"  # Macs
+    r"|could not (create|execute) a (primitive|memory)"  # oneDNN
+    r"|(not enough|insufficient) memory|bad.alloc|(n't|not|to) allocate",  # Windows, C++, Linux
+    re.IGNORECASE,
 )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: each platform says it in its own words."""
-    is_said = any(words in str(error) for words in _OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or is_said
+    """Whether an error says that memory ran out."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def _with_fallbacks(job: Job) -> Iterator[Step]:
@@ -1914,32 +1966,34 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
     thing: float32, strips, or a smaller size.
     """
     good: Step | None = None
-    with _fitting_threads():
-        try:
-            while True:
-                _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
-                try:
-                    for step in _taking_turns(paint(job)):
-                        good = step
-                        yield step
-                    return
-                except FloatingPointError:
-                    job = _in_float32(_what_is_left(job, good))
-                except (MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    job = _in_less_memory(_what_is_left(job, good))
-                # The error is gone by now, and with it the memory that its traceback held.
-                _warn(job.notes[-1])
-        finally:
-            _keep_freed_memory(False)
+    try:
+        while True:
+            _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
+            try:
+                if job.balance is None:
+                    with _STEP_LOCK:
+                        job = replace(job, balance=_find_balance(job))
+                for step in _taking_turns(paint(job)):
+                    good = step
+                    yield step
+                return
+            except FloatingPointError:
+                job = _in_float32(_what_is_left(job, good))
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                job = _in_less_memory(_what_is_left(job, good))
+            # The error is gone by now, and with it the memory that its traceback held.
+            _warn(job.notes[-1])
+    finally:
+        _keep_freed_memory(False)
 
 
 def _measure_seconds_per_pixel(job: Job) -> float:
     """Seconds that a step takes for each pixel, from a few steps at one small size."""
     content = shrink_to(job.content, _TRIAL_SIDES[job.network.device.type])
     scale = Scale(_size_of(content), _TRIAL_STEPS, job.config.learning_rate)
-    trial = replace(job, content=content, start=None, scales=[scale])
+    trial = replace(job, content=content, start=None, scales=[scale], balance=1.0)
     ends = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StyleTransferWarning)  # the run will give them
@@ -2165,7 +2219,8 @@ def estimate(
     job = _plan(content, styles, config, network, **options)
     if seconds_per_pixel is None:
         seconds_per_pixel = _measure_seconds_per_pixel(job)
-    seconds = 0.0
+    trial = _plan_trial(job)
+    seconds = 0.0 if trial is None else trial.scales[0].work * seconds_per_pixel
     for scale in job.scales:
         pixels = scale.work + _padded_pixels(scale.size)  # one more look, for the targets
         slowdown = _SLOWDOWN[scale.strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
@@ -2782,6 +2837,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
         "strength": step.strength,
+        "balance": job.balance,
         "step": step.number,
         "finished": step.number == step.total,
         "packages": {name: package.__version__ for name, package in packages.items()},
@@ -3258,6 +3314,7 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
     return bundled
 
 
+@torch.inference_mode(False)  # else its weights could not be used with gradients
 def load_network(config: StyleTransferConfig) -> VGG19Features:
     """VGG19 with the weights, layers, pooling, precision and device of ``config``.
 
@@ -3722,8 +3779,8 @@ def paint_folder(
 
     def paint(photo: _Photo) -> Iterator[Step]:
         content, cutout = load_painting(photo, config.max_size)
-        begin = functools.partial(stylize, network=network, visible=visible, cutout=cutout)
-        for step in begin(content, style, config):
+        given: Any = {"network": network, "visible": visible, "cutout": cutout}
+        for step in stylize(content, style, config, **given):
             yield step
         place, name = folder / places[photo], _stem_of(photo)
         files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
@@ -3734,10 +3791,10 @@ def paint_folder(
         _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
     except Exception as error:
         problems.append(f"There is no contact sheet: {_sentence_of(error)}")
+    report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
+    if not painted:
+        raise RuntimeError(report)
     if problems:
-        report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
-        if not painted:
-            raise RuntimeError(report)
         _warn(report)
     return files
 
