@@ -3314,7 +3314,6 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
     return bundled
 
 
-@torch.inference_mode(False)  # else its weights could not be used with gradients
 def load_network(config: StyleTransferConfig) -> VGG19Features:
     """VGG19 with the weights, layers, pooling, precision and device of ``config``.
 
@@ -3326,8 +3325,9 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
     """
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.precision, device)
-    weights = _load_weights(config.weights, config.layers)
-    return VGG19Features(weights, config.layers, config.pooling, dtype).to(device)
+    with torch.inference_mode(False):  # else its weights could not be used with gradients
+        weights = _load_weights(config.weights, config.layers)
+        return VGG19Features(weights, config.layers, config.pooling, dtype).to(device)
 
 
 # ==================================================================================================
