@@ -2283,19 +2283,6 @@ def _brief(text: object) -> str:
     return quoted if len(quoted) <= _QUOTED_LETTERS else f"{quoted[:_QUOTED_LETTERS]} …"
 
 
-def _as_on_disk(path: str) -> str:
-    """The path by the names on the disk: a Mac writes é as two letters, a keyboard as one."""
-    folder, name = os.path.split(path)
-    if os.path.exists(path) or not name:
-        return path
-    folder = _as_on_disk(folder)
-    with contextlib.suppress(OSError, ValueError):  # there is no such folder
-        for found in os.listdir(folder or "."):
-            if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", name):
-                return os.path.join(folder, found)
-    return path
-
-
 def _place_of(source: str | os.PathLike) -> str:
     """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
     text = os.fspath(source)
@@ -2311,7 +2298,12 @@ def _place_of(source: str | os.PathLike) -> str:
     else:  # as it is, as a shell escapes blanks, as Windows has it, as a browser shows it
         escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
         tried = [plain, text, *escaped]
-    paths = [_as_on_disk(os.path.expanduser(path)) for path in tried]
+    # A Mac writes é as two letters in the names of files, a keyboard as one.
+    spell = unicodedata.normalize
+    for folder, name in [os.path.split(path) for path in tried]:
+        tried += [os.path.join(spell("NFC", folder), spell(form, name)) for form in ("NFC", "NFD")]
+        tried += [os.path.join(spell("NFD", folder), spell(form, name)) for form in ("NFC", "NFD")]
+    paths = [os.path.expanduser(path) for path in tried]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -2398,17 +2390,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
-def _find_white(brightest: float) -> float:
-    """The smallest of 1, 255 and 65535 that no pixel exceeds: a file does not say what white is."""
-    return next((white for white in (1, 255, 65535) if brightest <= white), brightest)
-
-
-def _reduce_to_8_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits, or of floating-point numbers, in mode L."""
-    wide = picture.convert("F")
-    brightest: Any = wide.getextrema()[1]
-    white = 65535 if ";16" in picture.mode and brightest > 1 else _find_white(brightest)
-    return wide.point(lambda value: value * (255 / white) + 0.5).convert("L")
+def _from_numbers(numbers: np.ndarray) -> Image.Image:
+    """The picture in an array of 16 or 32 bits, or of floating-point numbers."""
+    brightest = np.nan_to_num(numbers).max()
+    # It does not say what white is: the smallest of these that no pixel exceeds.
+    whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
+    white = next((white for white in whites if brightest <= white), brightest)
+    levels = np.nan_to_num(numbers.astype(np.float32)) * (255 / white) + 0.5
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def _light_to_srgb(rgb: Image.Image) -> Image.Image:
@@ -2436,7 +2425,8 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "La":
         picture = picture.convert("LA")  # the only mode that Pillow converts La to
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _reduce_to_8_bits(picture)
+        info, picture = picture.info, _from_numbers(np.asarray(picture))
+        picture.info = info
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
     if picture.mode == "LAB":
@@ -2446,8 +2436,7 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     try:
         return _apply_profile(picture, rgb)
     except ImageCms.PyCMSError as error:
-        problem = f"The colour profile of {name} is not used, so its colours may be off: {error}"
-        _warn(problem)
+        _warn(f"The colour profile of {name} is not used, so colours may be off: {_brief(error)}")
         return rgb
 
 
@@ -2477,8 +2466,7 @@ def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     colors = first.convert("RGB")
     if _shows_nothing(colors):
         raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
-    notice = f"{name} is wholly transparent, so it is read without its transparency."
-    _warn(notice)
+    _warn(f"{name} is wholly transparent, so it is read without its transparency.")
     return colors
 
 
@@ -2496,21 +2484,20 @@ def _formats() -> list[str]:
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
-def _identify(file: IO[bytes]) -> Image.Image:
-    """What Pillow makes of a file, of which no pixel is decoded yet."""
+def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
+    """What Pillow makes of a file, of which no pixel is decoded yet.
+
+    A JPEG over Pillow's limit will be decoded at a reduced size, above ``max_size``.
+    """
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
-    if is_jpeg:
-        return JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
-    return Image.open(file, formats=_formats())
-
-
-def _reduce_large_jpeg(jpeg: Any, max_size: int) -> None:
-    """Let a JPEG over Pillow's limit be decoded at a reduced size, but above ``max_size``."""
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
-    if limit < math.prod(jpeg.size) <= _MOST_JPEG_PIXELS:
+    if not is_jpeg:
+        return Image.open(file, formats=_formats())
+    jpeg: Any = JpegImagePlugin.JpegImageFile(file)  # Image.open would refuse large ones
+    if (Image.MAX_IMAGE_PIXELS or math.inf) < math.prod(jpeg.size) <= _MOST_JPEG_PIXELS:
         factor = max(max_size / max(jpeg.size), _SMALLEST_SIDE / min(jpeg.size))
         jpeg.draft(None, [math.ceil(side * factor) for side in jpeg.size])
+    return jpeg
 
 
 def _seek_largest_page(tiff: Image.Image) -> None:
@@ -2564,8 +2551,7 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
         array = page.asarray()
     if "S" in page.axes:  # samples: the colours, and perhaps an alpha
         array = np.moveaxis(array, page.axes.index("S"), -1)[..., :3]
-    numbers = np.nan_to_num(array.astype(np.float32))
-    picture = _from_array((numbers / _find_white(numbers.max())).clip(0, 1))
+    picture = _from_numbers(array)
     picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
     orientation = page.tags.valueof("Orientation", 1)
     picture.info["exif"] = _exif_bytes({ExifTags.Base.Orientation: orientation})
@@ -2603,7 +2589,7 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     file.seek(0)
     is_raw = head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2"
     try:
-        opened = _read_raw(file, max_size, name) if is_raw else _identify(file)
+        opened = _read_raw(file, max_size, name) if is_raw else _identify(file, max_size)
     except UnidentifiedImageError:
         opened = _read_otherwise(file, head, max_size, name)
     tags, names = getattr(opened, "tag_v2", {}), ExifTags.Base  # of a TIFF
@@ -2612,13 +2598,10 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
         opened = _read_raw(file, max_size, name)
     elif opened.format == "TIFF":
         _seek_largest_page(opened)
-    elif opened.format == "JPEG":
-        _reduce_large_jpeg(opened, max_size)
     _refuse_large(*opened.size)
     picture = _first_to_show(opened, name)
     if _HDR.search(head):
-        notice = f"{name} is HDR, which is not tone-mapped: its colours will be off."
-        _warn(notice)
+        _warn(f"{name} is HDR, which is not tone-mapped: its colours will be off.")
     return picture
 
 
@@ -2778,14 +2761,10 @@ _COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
 # A JPEG holds 65,533 bytes of EXIF.
 _RECORD_LIMIT = 60_000  # characters: longer texts are neither saved nor read
 _PHOTO_EXIF_LIMIT = 4_000  # bytes
-_PHOTO_TAGS = frozenset(
-    ExifTags.Base[name]
-    for name in (
-        *("Make", "Model", "LensMake", "LensModel"),
-        *("DateTime", "DateTimeOriginal", "DateTimeDigitized"),
-        *("OffsetTime", "OffsetTimeOriginal", "OffsetTimeDigitized"),
-    )
-)
+_CAMERA_WORDS = "Make Model LensMake LensModel"
+_DATE_WORDS = "DateTime DateTimeOriginal DateTimeDigitized"
+_ZONE_WORDS = "OffsetTime OffsetTimeOriginal OffsetTimeDigitized"
+_PHOTO_TAGS = {ExifTags.Base[x] for x in f"{_CAMERA_WORDS} {_DATE_WORDS} {_ZONE_WORDS}".split()}
 # Where Colab mounts Google Drive: at /content/drive, or under another name with its own folders.
 _DRIVE = re.compile(r"(/content/g?drive|.*/g?drive(?=/(?:My ?Drive|Shareddrives)))(?=/|$)")
 _OWN_PICTURES = (
@@ -2797,7 +2776,7 @@ _OWN_PICTURES = (
 )  # which a record names, but does not hold
 _NAMED_WEIGHTS = ("torchvision", "bundled")
 _NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
-_LOCK_WAITS = (0.1, 0.3, 0.5)  # seconds: OneDrive or a virus scanner may hold a new file
+_LOCK_WAITS = (0.2, 0.6, 0.0)  # seconds after each try: a virus scanner may hold a new file
 # What a mount says that cannot rename, such as one of S3.
 _NO_RENAME = (errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 _AUTOSAVE_SECONDS = 20
@@ -2888,15 +2867,12 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
     alpha = _alpha_of(photo)
     if alpha is None:
         return picture
-    alpha = alpha.resize(picture.size, Image.Resampling.LANCZOS)
+    picture.putalpha(alpha.resize(picture.size, Image.Resampling.LANCZOS))
     if format != "jpeg":
-        picture.putalpha(alpha)
         return picture
-    problem = "A JPEG has no transparency: the transparent parts are saved as white."
-    _warn(problem)
-    white = Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=alpha)
-    return white
+    _warn("A JPEG has no transparency: the transparent parts are saved as white.")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def _photo_tags(photo: _Source) -> dict[int, Any]:
@@ -2973,8 +2949,7 @@ def _encode(
         try:
             pil_picture = _as_transparent_as(photo, pil_picture, format)
         except (OSError, ValueError) as error:  # the file may be gone by now
-            problem = f"The picture is saved without the photo's transparency, if any: {error}"
-            _warn(problem)
+            _warn(f"The picture is saved without the photo's transparency, if any: {error}")
         tags = _photo_tags(photo) if keep_exif else {}
     record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
     text = json.dumps(record) if record else ""  # ASCII
@@ -3159,9 +3134,8 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
                 while len(partials) > 1:
                     partials.pop(0).unlink(missing_ok=True)
             except OSError as error:
-                problem = f"The run goes on without its latest picture on disk. {error}"
                 if not has_warned:
-                    _warn(problem)
+                    _warn(f"The run goes on without its latest picture on disk. {error}")
                 has_warned = True
         yield step
     for partial in partials:
@@ -3183,8 +3157,8 @@ def read_record(source: _File) -> dict[str, Any]:
 
     {"settings", "asked": those that were asked for otherwise, such as "auto", "own_pictures": which
     of masks, keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``,
-    "weights", "strength": of ``blend_with_photo``, "strips": how many blocks of VGG19 each scale
-    computed in strips, "step", "finished", "packages", "notes"}. No pixel is decoded.
+    "weights", "strength": of ``blend_with_photo``, "step", "finished", "packages", "notes"}. No
+    pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
     name, file = _name_of(source), _open_file(source)
@@ -3197,7 +3171,7 @@ def read_record(source: _File) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{name} has no record of how it was made.")
     if "strength" not in record:  # it was a note once
-        found = re.search(r"\bstrength ([\d.e-]+)", str(record.get("notes")))
+        found = re.search(r"\bstrength (\d[\d.]*(?:e-\d+)?)'", str(record.get("notes")))
         record["strength"] = 1.0 if found is None else float(found[1])
     return record
 
@@ -3222,10 +3196,10 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    own = [known for known in _OWN_PICTURES if known in (record.get("own_pictures") or [])]
+    listed = record.get("own_pictures")
+    own = [known for known in _OWN_PICTURES if isinstance(listed, list) and known in listed]
     if own:
-        advice = f"{name} was painted with {' and '.join(own)}: give them to stylize again."
-        _warn(advice)
+        _warn(f"{name} was painted with {' and '.join(own)}: give them to stylize again.")
     if record["strength"] != 1:
         strength = _brief(record["strength"])
         _warn(f"{name} is blended with its photo: blend_with_photo(step, photo, {strength}).")
@@ -3235,8 +3209,7 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
         except ValueError as error:
             if setting in given:
                 raise
-            problem = f"The {setting} of {name} is 'auto' now: {error}"
-            _warn(problem)
+            _warn(f"The {setting} of {name} is 'auto' now: {error}")
             settings[setting] = "auto"
             config = StyleTransferConfig(**settings)
     return config
@@ -3341,7 +3314,6 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
     return bundled
 
 
-@torch.inference_mode(False)  # else its weights could not be used with gradients
 def load_network(config: StyleTransferConfig) -> VGG19Features:
     """VGG19 with the weights, layers, pooling, precision and device of ``config``.
 
@@ -3353,8 +3325,9 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
     """
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.precision, device)
-    weights = _load_weights(config.weights, config.layers)
-    return VGG19Features(weights, config.layers, config.pooling, dtype).to(device)
+    with torch.inference_mode(False):  # else its weights could not be used with gradients
+        weights = _load_weights(config.weights, config.layers)
+        return VGG19Features(weights, config.layers, config.pooling, dtype).to(device)
 
 
 # ==================================================================================================

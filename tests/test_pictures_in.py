@@ -673,8 +673,10 @@ def wide_tiff(array: np.ndarray, **options) -> bytes:
 def test_an_rgb_tiff_of_wide_numbers_is_read(dtype, white, planar, compression):
     array = (np.asarray(four_corners().transpose(UNDO[3])) / 255 * white).astype(dtype)
     array = array.transpose(2, 0, 1) if planar == "separate" else array
-    turned = {"extratags": [(274, 3, 1, 3, True)], "iccprofile": swapped_profile()}
-    image = nst.load_image(wide_tiff(array, planarconfig=planar, compression=compression, **turned))
+    profile = swapped_profile()
+    tags = [(274, 3, 1, 3, True), (34675, 7, len(profile), profile, True)]  # turned; ICC
+    options = {"planarconfig": planar, "compression": compression, "extratags": tags}
+    image = nst.load_image(wide_tiff(array, **options))
     assert_close(corners(image), torch.stack([BLUE, GREEN, RED, WHITE]), atol=0.06)
 
 

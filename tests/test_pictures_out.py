@@ -606,7 +606,7 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     assert record == nst.read_record(path) == nst.read_record(path.read_bytes())
     assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
     assert record["settings"] | record["asked"] == {**record["settings"], "checkpoint": "auto"}
-    assert (record["strength"], record["strips"]) == (1, [0])
+    assert record["strength"] == 1
     assert record["photo"] == sha256(SOURCES[0])
     assert record["paintings"] == [sha256(SOURCES[1])]
     assert record["own_pictures"] == record["notes"] == []
@@ -628,13 +628,15 @@ def test_the_record_has_the_sha256_of_uploads_and_none_for_the_unknown(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("strips", "checkpoint"), [([5, 5], True), ([0, 0], False), ([0, 1], False), ([0, 5], "auto")]
+    ("strips", "checkpoint"), [([5, 5], 48), ([0, 5], 96), ([0, 1], 97), ([0, 0], 97)]
 )
 def test_the_record_says_which_scales_ran_in_strips(tmp_path, step, strips, checkpoint):
-    scales = [replace(step.job.scales[0], strips=count) for count in strips]
-    path = nst.save_image(replace(step, job=replace(step.job, scales=scales)), tmp_path)
-    assert record_in(path)["strips"] == strips
-    assert nst.read_settings(path).checkpoint == checkpoint
+    """By the long side from which on they did: "auto" goes by the memory that is free then."""
+    scale, sizes = step.job.scales[0], ((32, 48), (64, 96))
+    scales = [replace(scale, size=size, strips=n) for size, n in zip(sizes, strips, strict=True)]
+    config = replace(step.job.config, checkpoint="auto")
+    painted = replace(step, job=replace(step.job, scales=scales, config=config))
+    assert nst.read_settings(nst.save_image(painted, tmp_path)).checkpoint == checkpoint
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -665,7 +667,7 @@ def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
     first = next(nst.stylize(*pair, config, network=shallow))
     record = record_in(nst.save_image(first, tmp_path))
     chosen = [record["settings"][name] for name in names]
-    assert chosen == ["float32", "cpu", "bundled", False, 52]
+    assert chosen == ["float32", "cpu", "bundled", max(first.job.scales[-1].size) + 1, 52]
     assert (record["step"], record["finished"]) == (1, False)
 
 
