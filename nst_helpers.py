@@ -2345,6 +2345,7 @@ def estimate(
     config: StyleTransferConfig,
     network: VGG19Features,
     *,
+    visible: _Visible = None,
     seconds_per_pixel: float | None = None,
 ) -> Estimate:
     """What ``stylize`` will take here, with the same arguments; raises what it would.
@@ -2352,7 +2353,7 @@ def estimate(
     ``seconds_per_pixel`` is known from an earlier estimate with this network; otherwise a few steps
     at a small size are timed now, which takes about a second.
     """
-    job = _make_job(content, styles, config, network)
+    job = _make_job(content, styles, config, network, visible=visible)
     if seconds_per_pixel is None:
         seconds_per_pixel = _measure_seconds_per_pixel(job)
     seconds = 0.0
@@ -3926,14 +3927,22 @@ def offer_download(path: Path) -> None:
 # The panel ----------------------------------------------------------------------------------------
 
 _THUMBNAIL_SIDE = 146
-# An upload button's second line is cut off: it is a number of files, which ipywidgets adds.
+# An upload button's second line is cut off: it is a number of files, which ipywidgets adds. Where
+# JupyterLab marks each widget that has lost its kernel, the panel says once what to do.
 _PANEL_CSS = """<style>
 .nst-panel { gap: 12px; }
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
+.nst-panel pre { word-break: normal !important; overflow-wrap: normal; }
 .nst-panel p { margin: 4px 0; }
 .nst-panel figure { display: inline-block; vertical-align: top; margin: 0 4px 0 0; }
+.nst-panel select { appearance: auto !important; background-image: none !important; }
+.nst-panel .jupyter-widgets-disconnected::before { content: none; }
+.nst-panel.jupyter-widgets-disconnected::before { width: 100%; font: bold 14px sans-serif;
+  content: "The kernel was restarted: choose Run All, and the panel works again."; }
 </style>"""
+_CLICKS_WAIT = """<i>Cells are running: clicks wait until they are done.</i>
+<style>.nst-panel button:focus::after { content: " … waits"; }</style>"""
 _PANEL_SIZES = (256, 512, 1024, 2048)
 _PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
 _PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
@@ -3961,19 +3970,23 @@ def _sentence_of(error: Exception) -> str:
     return text.rstrip(".") + "."
 
 
-def _make_notice() -> widgets.HTML:
-    """A line that says, while cells run, why clicks have no effect yet."""
-    notice = widgets.HTML()
+def _parts_of(widget: widgets.Widget) -> list[widgets.Widget]:
+    """A widget and all that it is made of."""
+    parts = [getattr(widget, name, None) for name in ("layout", "style")]
+    parts += getattr(widget, "children", ())
+    return [widget, *(inner for part in parts if part is not None for inner in _parts_of(part))]
 
-    def say(words: str, *_: object) -> None:
-        notice.value = words
 
-    shell = get_ipython()
-    if shell is not None:
-        busy = "<i>Cells are running: a click may have to wait for them.</i>"
-        shell.events.register("pre_run_cell", functools.partial(say, busy))
-        shell.events.register("post_run_cell", functools.partial(say, ""))
-    return notice
+def _close(widget: widgets.Widget) -> None:
+    for part in _parts_of(widget):
+        part.close()
+
+
+def _clicks_wait(shell: Any) -> bool:
+    """Whether clicks wait for running cells: not if both kernel and page know of subshells."""
+    kernel = getattr(shell, "kernel", None)  # a terminal's shell has none
+    features = () if kernel is None else kernel.kernel_info.get("supported_features", ())
+    return "kernel subshells" not in features or "subshell_id" not in shell.get_parent()["header"]
 
 
 @dataclass(eq=False)
@@ -4031,18 +4044,16 @@ class Panel(widgets.HBox):
         self.first_config = self.config = config
         self.first_sources = dict(sources)
         self.sources = dict(sources)
-        if earlier is not None:
-            kept = {which for which in sources if earlier.first_sources[which] == sources[which]}
-            self.sources.update({which: earlier.sources[which] for which in kept})
         self.folder = folder
         self.network = network
-        self.pictures: dict[str, Tensor] = {}  # the sources, loaded
-        self.visible: Tensor | None = None  # where the painting is; ``None`` is everywhere
+        # The sources, loaded, and where they are visible; ``None`` is everywhere.
+        self.pictures: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
         self._make_widgets()
+        self._tell_of_cells()
         if earlier is not None:
-            self._keep_choices(earlier)
+            self._replace(earlier)
         self._take_settings()
 
     def __repr__(self) -> str:
@@ -4062,16 +4073,17 @@ class Panel(widgets.HBox):
             "quality": dropdown(options=[*_STEPS], value=config.quality, description="Quality"),
         }
         self.uploads: dict[str, widgets.FileUpload] = {}
+        self.replaced_uploads: list[widgets.FileUpload] = []
         self.upload_row = widgets.HBox()
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
-        self.stop_button = widgets.Button(description="Stop")
+        self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.save_button = widgets.Button(description="Save", disabled=True)
         self.strength = widgets.FloatSlider(
             1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
         )
         self.strength.disabled = True
         self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
-        self.chosen, self.status, self.link = (widgets.HTML() for _ in range(3))
+        self.chosen, self.notice, self.status, self.link = (widgets.HTML() for _ in range(4))
         self._arrange()
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
@@ -4083,22 +4095,42 @@ class Panel(widgets.HBox):
 
     def _arrange(self) -> None:
         """The controls, and beside them the picture, or below them on a narrow page."""
-        style = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
-        above = [style, self.upload_row, self.chosen, *self.controls.values()]
+        css = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
+        above = [css, self.upload_row, self.chosen, *self.controls.values()]
         buttons = widgets.HBox([self.paint_button, self.stop_button])
         centred = widgets.Layout(align_items="center")
         saving = widgets.HBox([self.save_button, self.link], layout=centred)
-        below = [buttons, _make_notice(), self.status, self.strength, self.format, saving]
+        below = [buttons, self.notice, self.status, self.strength, self.format, saving]
         controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
         place = widgets.Layout(flex="1 1 280px")
         self.page = widgets.HTML("The picture will appear here.", layout=place)
         self.children = [controls, self.page]
 
-    def _keep_choices(self, earlier: "Panel") -> None:
+    def _tell_of_cells(self) -> None:
+        """Where clicks wait while cells run, let a line below Paint say so."""
+        self.callbacks: dict[str, Callable[..., object]] = {}
+        shell = get_ipython()
+        if shell is not None and _clicks_wait(shell):
+            for event, words in (("pre_run_cell", _CLICKS_WAIT), ("post_run_cell", "")):
+                self.callbacks[event] = functools.partial(self._note, words)
+                shell.events.register(event, self.callbacks[event])
+
+    def _note(self, words: str, *_: object) -> None:
+        self.notice.value = words
+
+    def _replace(self, earlier: "Panel") -> None:
+        """Keep what was uploaded and chosen in an earlier panel, and nothing else of it."""
+        for which, source in self.first_sources.items():
+            if earlier.first_sources[which] == source:
+                self.sources[which] = earlier.sources[which]
         for name, control in self.controls.items():
             if getattr(earlier.first_config, name) == getattr(self.first_config, name):
                 control.value = earlier.controls[name].value
         self.format.value = earlier.format.value
+        while earlier.callbacks:
+            get_ipython().events.unregister(*earlier.callbacks.popitem())
+        for widget in (earlier, *earlier.replaced_uploads):
+            _close(widget)
 
     @property
     def is_painting(self) -> bool:
@@ -4110,24 +4142,26 @@ class Panel(widgets.HBox):
         """The latest step of the latest run."""
         return None if self.run is None else self.run.step
 
+    @property
+    def visible(self) -> Tensor | None:
+        """Where the painting is visible; ``None`` is everywhere."""
+        return self.pictures["painting"][1] if "painting" in self.pictures else None
+
     def _load_network(self) -> VGG19Features:
         if self.network is None:  # late, so that an error is a sentence in the panel
             self.network = load_network(self.first_config)
         return self.network
 
     def _load(self, which: str, source: _Source) -> None:
-        size, device = self.config.max_size, self._load_network().device
-        if which == "painting":
-            self.pictures[which], self.visible = load_painting(source, size, device=device)
-        else:
-            self.pictures[which] = load_image(source, size, device=device)
+        device = self._load_network().device
+        self.pictures[which] = load_painting(source, self.config.max_size, device=device)
 
     def load(self) -> list[Tensor]:
         """The photo and the painting, at the size at which they are painted."""
         for which, source in self.sources.items():
             if which not in self.pictures:
                 self._load(which, source)
-        return [self.pictures["photo"], self.pictures["painting"]]
+        return [self.pictures[which][0] for which in ("photo", "painting")]
 
     def _say(self, sentence: str) -> None:
         self.status.value = f"<b>{html.escape(sentence)}</b>"
@@ -4135,8 +4169,14 @@ class Panel(widgets.HBox):
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
         if self.is_painting:
             return "The estimate will appear when the run ends."
-        known, network = self.seconds_per_pixel, self._load_network()
-        needed = estimate(photo, painting, self.config, network, seconds_per_pixel=known)
+        needed = estimate(
+            photo,
+            painting,
+            self.config,
+            self._load_network(),
+            visible=self.visible,
+            seconds_per_pixel=self.seconds_per_pixel,
+        )
         self.seconds_per_pixel = needed.seconds_per_pixel
         height, width = _size_of(photo)
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
@@ -4165,28 +4205,39 @@ class Panel(widgets.HBox):
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture; otherwise keep what was chosen."""
         files = change["new"]
-        is_dict = isinstance(files, dict)  # in ipywidgets 7
-        for name, file in files.items() if is_dict else [(file["name"], file) for file in files]:
+        if not isinstance(files, dict):  # as they are in ipywidgets 7
+            files = {file["name"]: file for file in files}
+        problem = ""
+        for name, file in files.items():
             upload = _Upload(bytes(file["content"]), name)
             try:
                 self._load(which, upload)
+                self.sources[which] = upload
             except Exception as error:
                 problem = f"Not used: {_sentence_of(error)} The {which} is unchanged."
-                return self._show_chosen(problem)
-            self.sources[which] = upload
-        self._show_chosen()
+        self._renew_uploads()
+        _close(change["owner"])  # with its file, which a page could save in the notebook
+        self._show_chosen(problem)
 
     def _renew_uploads(self) -> None:
         """Put fresh upload buttons in place.
 
-        A file larger than Jupyter accepts never arrives, and its button waits for it forever.
+        A file larger than Jupyter accepts never arrives, and its button waits for it forever. The
+        button is closed a renewal later: until then, a file that is on its way is taken.
         """
+        for upload in self.replaced_uploads:
+            _close(upload)
+        self.replaced_uploads = list(self.uploads.values())
         for which in self.sources:
             label = f"Your {which}\n"
             upload = widgets.FileUpload(accept="image/*,.heic,.heif", description=label)
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]
+        for widget in _parts_of(self):
+            # ipykernel 7.4 would send clicks to the shell in which the widget was made, which is
+            # busy while cells run, and not to the one that the page asks for.
+            widget.comm._reply_subshell_for = None
 
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         first = self.first_config
@@ -4258,6 +4309,7 @@ class Panel(widgets.HBox):
         is_done = run.step is not None and run.step.number == run.step.total
         self._offer(run, run.problem or ("Done." if is_done else "Stopped."), save=True)
         self.strength.disabled = run.step is None
+        self.stop_button.disabled = True
         self.paint_button.description = "Paint"
         run.is_painting = False
         self._show_chosen()
@@ -4270,15 +4322,15 @@ class Panel(widgets.HBox):
         self._renew_uploads()
         try:
             photo, painting = self.load()
-            begin = functools.partial(stylize, network=self.network, visible=self.visible)
-            steps = begin(photo, painting, self.config)
+            network, visible = self._load_network(), self.visible
+            steps = stylize(photo, painting, self.config, network=network, visible=visible)
         except Exception as error:
             self._say(_sentence_of(error))
             return
         self.run = _PanelRun(dict(self.sources), photo)
-        self.strength.disabled = True
+        self.strength.disabled = self.save_button.disabled = True
+        self.stop_button.disabled = False
         self.strength.value = 1.0
-        self.save_button.disabled = True
         self.link.value = ""
         self.page.value = "The first step …"
         self.paint_button.description = "Painting …"
@@ -4291,8 +4343,6 @@ class Panel(widgets.HBox):
 
     def stop(self) -> None:
         """Stop the run, and keep its picture so far."""
-        if self.run is None or not self.run.is_painting:
-            self._say("There is nothing to stop.")
-            return
-        self.run.stopping.set()
-        self._say("Stopping ...")
+        if self.run is not None and self.run.is_painting:
+            self.run.stopping.set()
+            self._say("Stopping ...")
