@@ -25,6 +25,7 @@ Terminology
 
 import base64
 import contextlib
+import contextvars
 import copy
 import ctypes
 import functools
@@ -4335,7 +4336,8 @@ class Panel(widgets.HBox):
         self.page.value = "The first step …"
         self.paint_button.description = "Painting …"
         self._say("Painting. Stop keeps the picture so far.")
-        self.thread = Thread(target=self._paint, args=[self.run, steps], daemon=True)
+        context = contextvars.copy_context()  # without it, ipykernel 7.0 lets no thread speak
+        self.thread = Thread(target=context.run, args=[self._paint, self.run, steps], daemon=True)
         if _is_in_colab():
             self.thread.run()  # Colab draws nothing for threads
         else:
