@@ -3945,13 +3945,13 @@ _PANEL_CSS = """<style>
 _CLICKS_WAIT = """<i>Cells are running: clicks wait until they are done.</i>
 <style>.nst-panel button:focus::after { content: " … waits"; }</style>"""
 _PANEL_SIZES = (256, 512, 1024, 2048)
-_PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
-_PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
-_PANEL_COLORS = {
-    "the painting's": "style",
-    "the photo's palette": "content",
-    "the photo's, point by point": "luminance",
-}
+_PANEL_STYLES = [("a touch", 0.1), ("less", 0.3), ("normal", 1), ("more", 3), ("much more", 10)]
+_PANEL_FORMATS = [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")]
+_PANEL_COLORS = [
+    ("the painting's", "style"),
+    ("the photo's palette", "content"),
+    ("the photo's, point by point", "luminance"),
+]
 
 
 def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
@@ -4000,7 +4000,6 @@ class _PanelRun:
     problem: str = ""  # why it ended early
     files: dict[tuple[float, str], Path] = field(default_factory=dict)  # by strength and format
     stopping: Event = field(default_factory=Event)
-    is_painting: bool = True
 
 
 def _until_stopped(steps: Iterable[Step], run: _PanelRun) -> Iterator[Step]:
@@ -4051,6 +4050,7 @@ class Panel(widgets.HBox):
         self.pictures: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
+        self.is_painting = False
         self._make_widgets()
         self._tell_of_cells()
         if earlier is not None:
@@ -4065,8 +4065,7 @@ class Panel(widgets.HBox):
         config = self.first_config
         dropdown = widgets.Dropdown
         sizes = sorted({*_PANEL_SIZES, config.max_size})
-        colors = list(_PANEL_COLORS.items())
-        styles = list(_PANEL_STYLES.items())
+        colors, styles = _PANEL_COLORS, _PANEL_STYLES
         self.controls = {
             "style_weight": widgets.SelectionSlider(options=styles, value=1, description="Style"),
             "max_size": dropdown(options=sizes, value=config.max_size, description="Size"),
@@ -4079,11 +4078,9 @@ class Panel(widgets.HBox):
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
         self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.save_button = widgets.Button(description="Save", disabled=True)
-        self.strength = widgets.FloatSlider(
-            1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
-        )
-        self.strength.disabled = True
-        self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
+        self.strength = widgets.FloatSlider(1, max=1, step=0.05, description="Strength")
+        self.strength.continuous_update, self.strength.disabled = False, True
+        self.format = dropdown(options=_PANEL_FORMATS, description="Save as")
         self.chosen, self.notice, self.status, self.link = (widgets.HTML() for _ in range(4))
         self._arrange()
         for control in self.controls.values():
@@ -4132,11 +4129,6 @@ class Panel(widgets.HBox):
             get_ipython().events.unregister(*earlier.callbacks.popitem())
         for widget in (earlier, *earlier.replaced_uploads):
             _close(widget)
-
-    @property
-    def is_painting(self) -> bool:
-        """Whether a run is going on."""
-        return self.run is not None and self.run.is_painting
 
     @property
     def result(self) -> Step | None:
@@ -4259,27 +4251,24 @@ class Panel(widgets.HBox):
 
     def _offer_file(self, run: _PanelRun, step: Step, save: bool) -> str:
         """Show the result at the chosen strength as its file has it, and a link with that file."""
-        strength, kind = self.strength.value, self.format.value
+        chosen = strength, kind = self.strength.value, self.format.value
         sources = run.sources["photo"], [run.sources["painting"]]
+        name, extension = _result_name(*sources), _EXTENSIONS[kind]
         blend = step if strength == 1 else blend_with_photo(step, run.photo, strength)
         data = _encode(blend, *sources, kind)
         sentence = "Not saved yet: download it, or press Save."
         if save:
             try:
-                folder, name = self.folder, _result_name(*sources)
-                run.files[strength, kind] = _write_new_file(data, folder, _EXTENSIONS[kind], name)
+                run.files[chosen] = _write_new_file(data, self.folder, extension, name)
             except OSError as error:
                 sentence = f"The picture is not saved: {_sentence_of(error)}"
-        path = run.files.get((strength, kind))
-        if path is None:
-            name = f"{_with_time(_result_name(*sources))}.{_EXTENSIONS[kind]}"
-        else:
-            name, sentence = path.name, f"Saved as {path}."
+        path = run.files.get(chosen)
         self.save_button.disabled = path is not None
+        name = f"{_with_time(name)}.{extension}" if path is None else path.name
         self.link.value = _download_link(name, _data_address(data, kind))
         alt = f"the result at a strength of {strength:.0%}"
         self.page.value = _picture_tag(Image.open(io.BytesIO(data)), alt)
-        return sentence
+        return sentence if path is None else f"Saved as {path}."
 
     def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:
         """Offer the result, if there is one, and say so after the ``outcome`` of its run."""
@@ -4294,7 +4283,7 @@ class Panel(widgets.HBox):
 
     def _take_choice(self, save: bool = False) -> None:
         """Offer the result at the strength and in the format that are chosen now."""
-        if self.run is not None and not self.run.is_painting:
+        if self.run is not None and not self.is_painting:
             self._offer(self.run, save=save)
 
     def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
@@ -4312,7 +4301,7 @@ class Panel(widgets.HBox):
         self.strength.disabled = run.step is None
         self.stop_button.disabled = True
         self.paint_button.description = "Paint"
-        run.is_painting = False
+        self.is_painting = False
         self._show_chosen()
 
     def start(self) -> None:
@@ -4328,7 +4317,7 @@ class Panel(widgets.HBox):
         except Exception as error:
             self._say(_sentence_of(error))
             return
-        self.run = _PanelRun(dict(self.sources), photo)
+        self.run, self.is_painting = _PanelRun(dict(self.sources), photo), True
         self.strength.disabled = self.save_button.disabled = True
         self.stop_button.disabled = False
         self.strength.value = 1.0
@@ -4345,6 +4334,6 @@ class Panel(widgets.HBox):
 
     def stop(self) -> None:
         """Stop the run, and keep its picture so far."""
-        if self.run is not None and self.run.is_painting:
+        if self.run is not None and self.is_painting:
             self.run.stopping.set()
             self._say("Stopping ...")
