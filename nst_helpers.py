@@ -4026,8 +4026,8 @@ class Panel(widgets.HBox):
         chosen there stays, unless ``sources`` or ``config`` have changed in that since.
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
-    ``panel.config``, ``panel.sources``, ``panel.visible`` (see ``load_painting``) and
-    ``panel.result`` (the latest step, or ``None``).
+    ``panel.config``, ``panel.sources``, ``panel.visible`` (see ``load_painting``),
+    ``panel.result`` (the latest step, or ``None``) and ``panel.is_painting``.
     """
 
     def __init__(

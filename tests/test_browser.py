@@ -325,6 +325,8 @@ def test_run_all_paints_the_uploaded_pictures(person):
     view = person.cell("before_and_after")
     view.locator("input").evaluate("slider => { slider.value = 30; slider.oninput() }")
     assert "30%" in view.locator("img").nth(1).evaluate("image => image.style.clipPath")
+    person.press("Paint")  # in the new panel
+    person.wait_for(r"Done\. Saved as", person.panel)
 
 
 def test_a_wrong_form_value_gives_one_sentence_and_can_be_corrected(person):
