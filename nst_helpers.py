@@ -25,6 +25,7 @@ Terminology
 
 import base64
 import contextlib
+import contextvars
 import copy
 import ctypes
 import difflib
@@ -3869,22 +3870,30 @@ def offer_download(path: Path) -> None:
 # The panel ----------------------------------------------------------------------------------------
 
 _THUMBNAIL_SIDE = 146
-# An upload button's second line is cut off: it is a number of files, which ipywidgets adds.
+# An upload button's second line is cut off: it is a number of files, which ipywidgets adds. Where
+# JupyterLab marks each widget that has lost its kernel, the panel says once what to do.
 _PANEL_CSS = """<style>
 .nst-panel { gap: 12px; }
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
+.nst-panel pre { word-break: normal !important; overflow-wrap: normal; }
 .nst-panel p { margin: 4px 0; }
 .nst-panel figure { display: inline-block; vertical-align: top; margin: 0 4px 0 0; }
+.nst-panel select { appearance: auto !important; background-image: none !important; }
+.nst-panel .jupyter-widgets-disconnected::before { content: none; }
+.nst-panel.jupyter-widgets-disconnected::before { width: 100%; font: bold 14px sans-serif;
+  content: "The kernel was restarted: choose Run All, and the panel works again."; }
 </style>"""
+_CLICKS_WAIT = """<i>Cells are running: clicks wait until they are done.</i>
+<style>.nst-panel button:focus::after { content: " … waits"; }</style>"""
 _PANEL_SIZES = (256, 512, 1024, 2048)
-_PANEL_STYLES = {"a touch": 0.1, "less": 0.3, "normal": 1, "more": 3, "much more": 10}
-_PANEL_FORMATS = {"PNG": "png", "JPEG": "jpeg", "WebP": "webp"}
-_PANEL_COLORS = {
-    "the painting's": "style",
-    "the photo's palette": "content",
-    "the photo's, point by point": "luminance",
-}
+_PANEL_STYLES = [("a touch", 0.1), ("less", 0.3), ("normal", 1), ("more", 3), ("much more", 10)]
+_PANEL_FORMATS = [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")]
+_PANEL_COLORS = [
+    ("the painting's", "style"),
+    ("the photo's palette", "content"),
+    ("the photo's, point by point", "luminance"),
+]
 
 
 def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
@@ -3898,19 +3907,23 @@ def blend_with_photo(step: Step, photo: Tensor, strength: float) -> Step:
     return replace(step, image=image, strength=step.strength * strength)
 
 
-def _make_notice() -> widgets.HTML:
-    """A line that says, while cells run, why clicks have no effect yet."""
-    notice = widgets.HTML()
+def _parts_of(widget: widgets.Widget) -> list[widgets.Widget]:
+    """A widget and all that it is made of."""
+    parts = [getattr(widget, name, None) for name in ("layout", "style")]
+    parts += getattr(widget, "children", ())
+    return [widget, *(inner for part in parts if part is not None for inner in _parts_of(part))]
 
-    def say(words: str, *_: object) -> None:
-        notice.value = words
 
-    shell = get_ipython()
-    if shell is not None:
-        busy = "<i>Cells are running: a click may have to wait for them.</i>"
-        shell.events.register("pre_run_cell", functools.partial(say, busy))
-        shell.events.register("post_run_cell", functools.partial(say, ""))
-    return notice
+def _close(widget: widgets.Widget) -> None:
+    for part in _parts_of(widget):
+        part.close()
+
+
+def _clicks_wait(shell: Any) -> bool:
+    """Whether clicks wait for running cells: not if both kernel and page know of subshells."""
+    kernel = getattr(shell, "kernel", None)  # a terminal's shell has none
+    features = () if kernel is None else kernel.kernel_info.get("supported_features", ())
+    return "kernel subshells" not in features or "subshell_id" not in shell.get_parent()["header"]
 
 
 @dataclass(eq=False)
@@ -3923,7 +3936,6 @@ class _PanelRun:
     problem: str = ""  # why it ended early
     files: dict[tuple[float, str], Path] = field(default_factory=dict)  # by strength and format
     stopping: Event = field(default_factory=Event)
-    is_painting: bool = True
 
 
 def _until_stopped(steps: Iterable[Step], run: _PanelRun) -> Iterator[Step]:
@@ -3950,8 +3962,8 @@ class Panel(widgets.HBox):
         chosen there stays, unless ``sources`` or ``config`` have changed in that since.
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
-    ``panel.config``, ``panel.sources``, ``panel.visible`` (see ``load_painting``) and
-    ``panel.result`` (the latest step, or ``None``).
+    ``panel.config``, ``panel.sources``, ``panel.visible`` and ``panel.cutout`` (see ``load_painting``),
+    ``panel.result`` (the latest step, or ``None``) and ``panel.is_painting``.
     """
 
     def __init__(
@@ -3968,18 +3980,17 @@ class Panel(widgets.HBox):
         self.first_config = self.config = config
         self.first_sources = dict(sources)
         self.sources = dict(sources)
-        if earlier is not None:
-            kept = {which for which in sources if earlier.first_sources[which] == sources[which]}
-            self.sources.update({which: earlier.sources[which] for which in kept})
         self.folder = folder
         self.network = network
-        self.pictures: dict[str, Tensor] = {}  # the sources, loaded
-        self.visible: Tensor | None = None  # where the painting is; ``None`` is everywhere
+        # The sources, loaded, and where they are visible; ``None`` is everywhere.
+        self.pictures: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.seconds_per_pixel: float | None = None  # measured once
         self.run: _PanelRun | None = None  # the latest
+        self.is_painting = False
         self._make_widgets()
+        self._tell_of_cells()
         if earlier is not None:
-            self._keep_choices(earlier)
+            self._replace(earlier)
         self._take_settings()
 
     def __repr__(self) -> str:
@@ -3991,8 +4002,7 @@ class Panel(widgets.HBox):
         dropdown = widgets.Dropdown
         sizes = sorted({*_PANEL_SIZES, config.max_size})
         qualities = ["auto", *_STEPS]
-        colors = list(_PANEL_COLORS.items())
-        styles = list(_PANEL_STYLES.items())
+        colors, styles = _PANEL_COLORS, _PANEL_STYLES
         self.controls = {
             "style_weight": widgets.SelectionSlider(options=styles, value=1, description="Style"),
             "max_size": dropdown(options=sizes, value=config.max_size, description="Size"),
@@ -4000,16 +4010,15 @@ class Panel(widgets.HBox):
             "quality": dropdown(options=qualities, value=config.quality, description="Quality"),
         }
         self.uploads: dict[str, widgets.FileUpload] = {}
+        self.replaced_uploads: list[widgets.FileUpload] = []
         self.upload_row = widgets.HBox()
         self.paint_button = widgets.Button(description="Paint", button_style="primary")
-        self.stop_button = widgets.Button(description="Stop")
+        self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.save_button = widgets.Button(description="Save", disabled=True)
-        self.strength = widgets.FloatSlider(
-            1.0, min=0, max=1, step=0.05, description="Strength", continuous_update=False
-        )
-        self.strength.disabled = True
-        self.format = dropdown(options=list(_PANEL_FORMATS.items()), description="Save as")
-        self.chosen, self.status, self.link = (widgets.HTML() for _ in range(3))
+        self.strength = widgets.FloatSlider(1, max=1, step=0.05, description="Strength")
+        self.strength.continuous_update, self.strength.disabled = False, True
+        self.format = dropdown(options=_PANEL_FORMATS, description="Save as")
+        self.chosen, self.notice, self.status, self.link = (widgets.HTML() for _ in range(4))
         self._arrange()
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
@@ -4021,32 +4030,57 @@ class Panel(widgets.HBox):
 
     def _arrange(self) -> None:
         """The controls, and beside them the picture, or below them on a narrow page."""
-        style = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
-        above = [style, self.upload_row, self.chosen, *self.controls.values()]
+        css = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
+        above = [css, self.upload_row, self.chosen, *self.controls.values()]
         buttons = widgets.HBox([self.paint_button, self.stop_button])
         centred = widgets.Layout(align_items="center")
         saving = widgets.HBox([self.save_button, self.link], layout=centred)
-        below = [buttons, _make_notice(), self.status, self.strength, self.format, saving]
+        below = [buttons, self.notice, self.status, self.strength, self.format, saving]
         controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
         place = widgets.Layout(flex="1 1 280px")
         self.page = widgets.HTML("The picture will appear here.", layout=place)
         self.children = [controls, self.page]
 
-    def _keep_choices(self, earlier: "Panel") -> None:
+    def _tell_of_cells(self) -> None:
+        """Where clicks wait while cells run, let a line below Paint say so."""
+        self.callbacks: dict[str, Callable[..., object]] = {}
+        shell = get_ipython()
+        if shell is not None and _clicks_wait(shell):
+            for event, words in (("pre_run_cell", _CLICKS_WAIT), ("post_run_cell", "")):
+                self.callbacks[event] = functools.partial(self._note, words)
+                shell.events.register(event, self.callbacks[event])
+
+    def _note(self, words: str, *_: object) -> None:
+        self.notice.value = words
+
+    def _replace(self, earlier: "Panel") -> None:
+        """Keep what was uploaded and chosen in an earlier panel, and nothing else of it."""
+        for which, source in self.first_sources.items():
+            if earlier.first_sources[which] == source:
+                self.sources[which] = earlier.sources[which]
         for name, control in self.controls.items():
             if getattr(earlier.first_config, name) == getattr(self.first_config, name):
                 control.value = earlier.controls[name].value
         self.format.value = earlier.format.value
-
-    @property
-    def is_painting(self) -> bool:
-        """Whether a run is going on."""
-        return self.run is not None and self.run.is_painting
+        while earlier.callbacks:
+            get_ipython().events.unregister(*earlier.callbacks.popitem())
+        for widget in (earlier, *earlier.replaced_uploads):
+            _close(widget)
 
     @property
     def result(self) -> Step | None:
         """The latest step of the latest run."""
         return None if self.run is None else self.run.step
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Where the painting is visible; ``None`` is everywhere."""
+        return self.pictures["painting"][1] if "painting" in self.pictures else None
+
+    @property
+    def cutout(self) -> Tensor | None:
+        """Where the photo is visible; ``None`` is everywhere."""
+        return self.pictures["photo"][1] if "photo" in self.pictures else None
 
     def _load_network(self) -> VGG19Features:
         if self.network is None:  # late, so that an error is a sentence in the panel
@@ -4054,18 +4088,15 @@ class Panel(widgets.HBox):
         return self.network
 
     def _load(self, which: str, source: _Source) -> None:
-        size, device = self.config.max_size, self._load_network().device
-        if which == "painting":
-            self.pictures[which], self.visible = load_painting(source, size, device=device)
-        else:
-            self.pictures[which] = load_image(source, size, device=device)
+        device = self._load_network().device
+        self.pictures[which] = load_painting(source, self.config.max_size, device=device)
 
     def load(self) -> list[Tensor]:
         """The photo and the painting, at the size at which they are painted."""
         for which, source in self.sources.items():
             if which not in self.pictures:
                 self._load(which, source)
-        return [self.pictures["photo"], self.pictures["painting"]]
+        return [self.pictures[which][0] for which in ("photo", "painting")]
 
     def _say(self, sentence: str) -> None:
         self.status.value = f"<b>{html.escape(sentence)}</b>"
@@ -4073,8 +4104,15 @@ class Panel(widgets.HBox):
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
         if self.is_painting:
             return "The estimate will appear when the run ends."
-        known, network = self.seconds_per_pixel, self._load_network()
-        needed = estimate(photo, painting, self.config, network, seconds_per_pixel=known)
+        needed = estimate(
+            photo,
+            painting,
+            self.config,
+            self._load_network(),
+            visible=self.visible,
+            cutout=self.cutout,
+            seconds_per_pixel=self.seconds_per_pixel,
+        )
         self.seconds_per_pixel = needed.seconds_per_pixel
         height, width = _size_of(photo)
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
@@ -4103,22 +4141,29 @@ class Panel(widgets.HBox):
     def _take_upload(self, which: str, change: Mapping[str, Any]) -> None:
         """Take an uploaded file if it is a picture; otherwise keep what was chosen."""
         files = change["new"]
-        is_dict = isinstance(files, dict)  # in ipywidgets 7
-        for name, file in files.items() if is_dict else [(file["name"], file) for file in files]:
+        if not isinstance(files, dict):  # as they are in ipywidgets 7
+            files = {file["name"]: file for file in files}
+        problem = ""
+        for name, file in files.items():
             upload = _Upload(bytes(file["content"]), name)
             try:
                 self._load(which, upload)
+                self.sources[which] = upload
             except Exception as error:
                 problem = f"Not used: {_sentence_of(error)} The {which} is unchanged."
-                return self._show_chosen(problem)
-            self.sources[which] = upload
-        self._show_chosen()
+        self._renew_uploads()
+        _close(change["owner"])  # with its file, which a page could save in the notebook
+        self._show_chosen(problem)
 
     def _renew_uploads(self) -> None:
         """Put fresh upload buttons in place.
 
-        A file larger than Jupyter accepts never arrives, and its button waits for it forever.
+        A file larger than Jupyter accepts never arrives, and its button waits for it forever. The
+        button is closed a renewal later: until then, a file that is on its way is taken.
         """
+        for upload in self.replaced_uploads:
+            _close(upload)
+        self.replaced_uploads = list(self.uploads.values())
         for which in self.sources:
             label = f"Your {which}\n"
             accepted = ",".join(["image/*", ".heic", ".heif", *_RAW_EXTENSIONS])
@@ -4126,6 +4171,10 @@ class Panel(widgets.HBox):
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
         self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]
+        for widget in _parts_of(self):
+            # ipykernel 7.4 would send clicks to the shell in which the widget was made, which is
+            # busy while cells run, and not to the one that the page asks for.
+            widget.comm._reply_subshell_for = None
 
     def _take_settings(self, change: Mapping[str, Any] | None = None) -> None:
         first = self.first_config
@@ -4146,27 +4195,24 @@ class Panel(widgets.HBox):
 
     def _offer_file(self, run: _PanelRun, step: Step, save: bool) -> str:
         """Show the result at the chosen strength as its file has it, and a link with that file."""
-        strength, kind = self.strength.value, self.format.value
+        chosen = strength, kind = self.strength.value, self.format.value
         sources = run.sources["photo"], [run.sources["painting"]]
+        name, extension = _result_name(*sources), _EXTENSIONS[kind]
         blend = step if strength == 1 else blend_with_photo(step, run.photo, strength)
         data = _encode(blend, *sources, kind)
         sentence = "Not saved yet: download it, or press Save."
         if save:
             try:
-                folder, name = self.folder, _result_name(*sources)
-                run.files[strength, kind] = _write_new_file(data, folder, _EXTENSIONS[kind], name)
+                run.files[chosen] = _write_new_file(data, self.folder, extension, name)
             except OSError as error:
                 sentence = f"The picture is not saved: {_sentence_of(error)}"
-        path = run.files.get((strength, kind))
-        if path is None:
-            name = f"{_with_time(_result_name(*sources))}.{_EXTENSIONS[kind]}"
-        else:
-            name, sentence = path.name, f"Saved as {path}."
+        path = run.files.get(chosen)
         self.save_button.disabled = path is not None
+        name = f"{_with_time(name)}.{extension}" if path is None else path.name
         self.link.value = _download_link(name, _data_address(data, kind))
         alt = f"the result at a strength of {strength:.0%}"
         self.page.value = picture_tag(Image.open(io.BytesIO(data)), alt)
-        return sentence
+        return sentence if path is None else f"Saved as {path}."
 
     def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:
         """Offer the result, if there is one, and say so after the ``outcome`` of its run."""
@@ -4181,7 +4227,7 @@ class Panel(widgets.HBox):
 
     def _take_choice(self, save: bool = False) -> None:
         """Offer the result at the strength and in the format that are chosen now."""
-        if self.run is not None and not self.run.is_painting:
+        if self.run is not None and not self.is_painting:
             self._offer(self.run, save=save)
 
     def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
@@ -4197,8 +4243,9 @@ class Panel(widgets.HBox):
         is_done = run.step is not None and run.step.number == run.step.total
         self._offer(run, run.problem or ("Done." if is_done else "Stopped."), save=True)
         self.strength.disabled = run.step is None
+        self.stop_button.disabled = True
         self.paint_button.description = "Paint"
-        run.is_painting = False
+        self.is_painting = False
         self._show_chosen()
 
     def start(self) -> None:
@@ -4209,20 +4256,21 @@ class Panel(widgets.HBox):
         self._renew_uploads()
         try:
             photo, painting = self.load()
-            begin = functools.partial(stylize, network=self.network, visible=self.visible)
-            steps = begin(photo, painting, self.config)
+            begin = functools.partial(stylize, visible=self.visible, cutout=self.cutout)
+            steps = begin(photo, painting, self.config, network=self._load_network())
         except Exception as error:
             self._say(_sentence_of(error))
             return
-        self.run = _PanelRun(dict(self.sources), photo)
-        self.strength.disabled = True
+        self.run, self.is_painting = _PanelRun(dict(self.sources), photo), True
+        self.strength.disabled = self.save_button.disabled = True
+        self.stop_button.disabled = False
         self.strength.value = 1.0
-        self.save_button.disabled = True
         self.link.value = ""
         self.page.value = "The first step …"
         self.paint_button.description = "Painting …"
         self._say("Painting. Stop keeps the picture so far.")
-        self.thread = Thread(target=self._paint, args=[self.run, steps], daemon=True)
+        context = contextvars.copy_context()  # without it, ipykernel 7.0 lets no thread speak
+        self.thread = Thread(target=context.run, args=[self._paint, self.run, steps], daemon=True)
         if _is_in_colab():
             self.thread.run()  # Colab draws nothing for threads
         else:
@@ -4230,8 +4278,6 @@ class Panel(widgets.HBox):
 
     def stop(self) -> None:
         """Stop the run, and keep its picture so far."""
-        if self.run is None or not self.run.is_painting:
-            self._say("There is nothing to stop.")
-            return
-        self.run.stopping.set()
-        self._say("Stopping ...")
+        if self.run is not None and self.is_painting:
+            self.run.stopping.set()
+            self._say("Stopping ...")

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 import re
 import sys
 import threading
@@ -15,6 +16,7 @@ import ipywidgets
 import pytest
 import torch
 from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, ours, record_in
+from IPython.core.events import EventManager, available_events
 from PIL import Image
 from traitlets import Bunch
 
@@ -23,6 +25,10 @@ import nst_helpers as nst
 SOURCES = {"photo": IMAGES / "china.jpg", "painting": IMAGES / "starry_night.jpg"}
 CHELSEA = (IMAGES / "chelsea.png").read_bytes()
 TRANSPARENT = encoded(Image.new("RGBA", (60, 40), (200, 120, 40, 99)))
+with Image.open(SOURCES["painting"]) as picture:  # of which the right half is cut away
+    half = picture.resize((60, 40)).convert("RGBA")
+half.paste((255, 255, 255, 0), (30, 0, 60, 40))
+CUT_OUT = encoded(half)
 
 
 def files_on(widget) -> list[bytes]:
@@ -205,12 +211,13 @@ def paint(panel):
     assert not panel.is_painting
 
 
-def upload(panel, which, data, name="my cat.png"):
+def upload(panel, which, data, name="my cat.png", button=None):
     """As the browser does."""
+    button = button or panel.uploads[which]
     file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data)}
     file["last_modified"] = datetime.now(timezone.utc)
     is_old = ipywidgets.__version__.startswith("7.")  # Colab's
-    panel.uploads[which].set_trait("value", {file["name"]: file} if is_old else (file,))
+    button.set_trait("value", {file["name"]: file} if is_old else (file,))
 
 
 def saved(folder):
@@ -243,17 +250,69 @@ def test_a_panel_shows_all_its_widgets(panel):
     assert "children" not in repr(panel)  # shown without a kernel
 
 
-def test_a_panel_says_while_cells_run_that_clicks_wait(monkeypatch, shallow, measured, tmp_path):
-    events = {}
-    register = types.SimpleNamespace(register=events.__setitem__)
-    monkeypatch.setattr(nst, "get_ipython", lambda: types.SimpleNamespace(events=register))
+SUBSHELLS = {"supported_features": ["kernel subshells"]}
+
+
+def shell_of(kernel_info, header):
+    """Stands for the shell of a kernel, with a request from a page."""
+    shell = types.SimpleNamespace(kernel=types.SimpleNamespace(kernel_info=kernel_info))
+    shell.events = EventManager(shell, available_events)
+    shell.get_parent = lambda: {"header": header}
+    return shell
+
+
+@pytest.mark.parametrize(
+    ("kernel_info", "header", "wait"),
+    [
+        ({}, {"subshell_id": None}, True),
+        (SUBSHELLS, {}, True),
+        (SUBSHELLS, {"subshell_id": None}, False),
+    ],
+    ids=["old kernel", "old page", "new"],
+)
+def test_a_panel_says_while_cells_run_that_clicks_wait_where_they_do(
+    monkeypatch, shallow, measured, tmp_path, kernel_info, header, wait
+):
+    shell = shell_of(kernel_info, header)
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
     panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
     texts = [widget for widget in shown_in(panel) if isinstance(widget, ipywidgets.HTML)]
     before = [text.value for text in texts]
-    events["pre_run_cell"](object())
-    assert sum(text.value != old for text, old in zip(texts, before, strict=True)) == 1
-    events["post_run_cell"](object())
+    shell.events.trigger("pre_run_cell", object())
+    assert sum(text.value != old for text, old in zip(texts, before, strict=True)) == wait
+    shell.events.trigger("post_run_cell", object())
     assert [text.value for text in texts] == before
+
+
+def open_widgets() -> set[str]:
+    return {*ipywidgets.Widget.get_manager_state()["state"]}
+
+
+def test_a_new_panel_leaves_nothing_of_the_old_one_behind(monkeypatch, shallow, measured, tmp_path):
+    shell = shell_of({}, {})
+    monkeypatch.setattr(nst, "get_ipython", lambda: shell)
+    before = open_widgets()
+    panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
+    count = len(open_widgets() - before)
+    panel.controls["color"].value = "content"
+    panel.controls["color"].value = SHALLOW.color
+    upload(panel, "photo", CHELSEA)
+    for _ in range(2):
+        panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert len(open_widgets() - before) == count
+    for event in ("pre_run_cell", "post_run_cell"):
+        assert len(shell.events.callbacks[event]) == 1
+
+
+def test_uploads_are_not_kept_in_what_a_notebook_saves(panel):
+    def saved_with_notebook() -> int:
+        return len(json.dumps(ipywidgets.Widget.get_manager_state()))
+
+    before = saved_with_notebook()
+    for shade in (0, 100, 200):
+        upload(panel, "photo", encoded(Image.new("RGB", (1300, 1300), (shade, 9, 99)), "BMP"))
+    assert len(panel.sources["photo"]) > 5e6
+    assert saved_with_notebook() - before < 0.5e6
 
 
 def test_an_upload_is_taken_and_shown_with_its_name_at_once(panel):
@@ -287,12 +346,12 @@ def test_other_clicks_bring_new_upload_buttons_in_place_of_stuck_ones(panel):
     first = dict(panel.uploads)
     panel.controls["color"].value = "content"
     second = dict(panel.uploads)
-    paint(panel)
-    assert len({*first.values(), *second.values(), *panel.uploads.values()}) == 6
-    assert panel.upload_row.children == tuple(panel.uploads.values())
-    panel.uploads = first  # what comes late is taken too
-    upload(panel, "painting", CHELSEA)
+    assert panel.upload_row.children == tuple(second.values())
+    assert not {*first.values()} & {*second.values()}
+    upload(panel, "painting", CHELSEA, button=first["painting"])  # it comes late
     assert panel.sources["painting"] == CHELSEA
+    paint(panel)
+    assert not {*second.values()} & {*panel.uploads.values()}
 
 
 def test_the_controls_make_the_settings(panel, measured):
@@ -312,13 +371,16 @@ def test_the_controls_make_the_settings(panel, measured):
 
 
 def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
-    def estimate(photo, painting, config, network, *, seconds_per_pixel):
-        assert photo.shape == (1, 3, 171, 256)
+    upload(panel, "painting", CUT_OUT)
+    panel.controls["max_size"].value = 256
+
+    def estimate(photo, painting, config, network, *, visible, seconds_per_pixel):
+        assert (photo.shape, visible.shape) == ((1, 3, 171, 256), (1, 3, 40, 60))
         assert (config, network, seconds_per_pixel) == (panel.config, panel.network, 1e-6)
         return nst.Estimate(83.0, 1.5e9, 7.25e9, 1e-6)
 
     monkeypatch.setattr(nst, "estimate", estimate)
-    panel.controls["max_size"].value = 256
+    panel.controls["color"].value = "luminance"
     for number in ("256 x 171", "83 s", "1.5", "7.2"):
         assert number in words_on(panel.chosen)
 
@@ -327,7 +389,10 @@ def test_paint_makes_and_saves_the_picture_of_the_settings(panel, shallow, tmp_p
     photo, painting = (nst.load_image(source, SHALLOW.max_size) for source in SOURCES.values())
     expected = last(nst.stylize(photo, painting, SHALLOW, network=shallow)).image
     panel.stop()  # which does not stop the next run
+    assert panel.stop_button.disabled
     paint(panel)
+    assert panel.stop_button.disabled
+    panel.stop()
     assert torch.equal(panel.result.image, expected)
     path = saved(tmp_path)
     assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
@@ -387,6 +452,7 @@ def test_stop_keeps_the_picture_so_far(panel, gate, tmp_path, steps):
     panel.start()
     gate.let_through(steps)
     assert list(tmp_path.glob("*.partial.png"))
+    assert not panel.stop_button.disabled
     panel.stop_button.click()
     gate.finish(panel)
     path = saved(tmp_path)
@@ -527,14 +593,21 @@ def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measure
 
 def test_of_a_cut_out_painting_only_what_is_visible_counts(panel):
     assert panel.visible is None
-    cut_out = Image.open(SOURCES["painting"]).resize((60, 40)).convert("RGBA")
-    cut_out.paste((255, 255, 255, 0), (30, 0, 60, 40))
-    upload(panel, "painting", encoded(cut_out))
+    upload(panel, "painting", CUT_OUT)
     paint(panel)
     (visible,) = panel.result.job.visible
     assert visible.shape == (1, 3, 40, 60)
     assert visible[..., :30].min() == 1
     assert visible[..., 30:].max() == 0
+
+
+def test_the_hidden_part_of_a_cut_out_photo_is_not_painted_as_white(panel):
+    upload(panel, "photo", CUT_OUT)
+    photo, _ = panel.load()
+    assert photo[..., 35:].max() < 0.9
+    paint(panel)
+    (shown,) = files_on(panel.page)
+    assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (0, 255)
 
 
 def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):
