@@ -3962,8 +3962,8 @@ class Panel(widgets.HBox):
         chosen there stays, unless ``sources`` or ``config`` have changed in that since.
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
-    ``panel.config``, ``panel.sources``, ``panel.visible`` and ``panel.cutout`` (see ``load_painting``),
-    ``panel.result`` (the latest step, or ``None``) and ``panel.is_painting``.
+    ``panel.config``, ``panel.sources``, ``panel.visible`` and ``panel.cutout`` (where the two
+    pictures are visible), ``panel.result`` (the latest step, or ``None``), ``panel.is_painting``.
     """
 
     def __init__(
