@@ -3804,10 +3804,19 @@ def paint_folder(
 # Set-up and downloads -----------------------------------------------------------------------------
 
 
+def _leave_lesson_out(lines: list[str]) -> list[str]:
+    """The lines of a cell; none if it begins with %%lesson and the notebook's ``lesson`` is off."""
+    if lines[:1] != ["%%lesson\n"]:
+        return lines
+    return lines[1:] if get_ipython().user_ns.get("lesson", True) else []
+
+
 def set_up_notebook() -> None:
-    """Make the figures of this notebook light (JPEG) and accessible (alt text)."""
+    """Make this notebook's figures light (JPEG) and accessible (alt text), and know %%lesson."""
     shell = get_ipython()
     if shell is not None:
+        # Before IPython looks for a magic of that name.
+        shell.input_transformers_cleanup.insert(0, _leave_lesson_out)
         # A small copy, for where a page takes no HTML.
         set_matplotlib_formats("jpeg", dpi=_COPY_DPI, pil_kwargs=_FIGURE_JPEG)
         shell.display_formatter.formatters["text/html"].for_type(plt.Figure, _figure_tag)

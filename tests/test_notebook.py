@@ -95,6 +95,7 @@ def test_the_form_has_the_default_settings_and_the_config_takes_each():
     for name in ("content_picture", "style_picture"):
         assert (ROOT / values.pop(name)).is_file()
     assert values.pop("output_folder") == "outputs"
+    assert values.pop("lesson") is True
     defaults = nst.StyleTransferConfig()
     assert values == {name: getattr(defaults, name) for name in values}
     (config,) = [cell.source for cell in code if cell.source.startswith("config = nst.")]
@@ -125,7 +126,15 @@ def test_every_link_to_a_section_leads_to_one():
 def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     forms = {"control": '"color"', "photo_folder": '"my"', "kept_part": '"images/mask_sky.png"'}
     copy_project(tmp_path, **SMALL, **forms)
-    command = [*readme_command("papermill"), "-p", "output_folder", "on/drive"]
+    command = [
+        *readme_command("papermill"),
+        "-p",
+        "output_folder",
+        "on/drive",
+        "-p",
+        "lesson",
+        "False",
+    ]
     photo, painting = (word for word in command if word.endswith(".jpg"))
     (tmp_path / "my").mkdir()
     shutil.copy(IMAGES / "chelsea.png", tmp_path / photo)
@@ -144,11 +153,13 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     assert record["finished"]
     assert record["photo"] == sha256(IMAGES / "chelsea.png")
     assert record["paintings"][0] == sha256(IMAGES / "stained_glass.jpg")
+    ran = nbformat.read(tmp_path / "out.ipynb", 4).cells
     for part in ("nst.sweep(", "keep=keep", "nst.paint_folder("):
-        (cell,) = [
-            cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if part in cell.source
-        ]
+        (cell,) = [cell for cell in ran if part in cell.source]
         assert any("<img" in output.get("data", {}).get("text/html", "") for output in cell.outputs)
+    of_lesson = [cell for cell in ran if cell.source.startswith("%%lesson")]
+    assert len(of_lesson) > 10
+    assert not any(cell.outputs for cell in of_lesson)
 
 
 def test_without_the_module_outside_colab_the_first_cell_asks_for_it(monkeypatch, tmp_path):
