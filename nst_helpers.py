@@ -6,10 +6,10 @@ Networks" (CVPR 2016), called "the paper" below. Colours and regions follow Gaty
 the papers, the line says "Departure".
 
 Every name is defined before it is used, so the file reads from top to bottom. Part I is the whole
-method and needs nothing from the other three.
+method, needs nothing from the other three, and is what runs on every device.
 
-I.   The method     settings, losses, VGG19, images, optimizers, and ``paint``: the loop
-II.  Options        less time and memory, colours, regions, recovery; ``stylize``
+I.   The method     losses, VGG19, images, colours and regions, settings, optimizers, the loop
+II.  The machine    device, precision, memory, time, recovery; ``stylize``
 III. Files          pictures in, pictures out, weights
 IV.  The notebook   figures, live progress, and the panel that paints without code
 
