@@ -241,6 +241,9 @@ def _shown(value: object) -> str:
     """A value as an error message shows it: on one line, and not too long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    kind = type(value)
+    if kind.__module__ == __name__ and kind is not globals().get(kind.__name__):
+        return "one from before nst_helpers was reloaded: make config and network anew"
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
@@ -1891,7 +1894,12 @@ _BYTES_OF_HISTORY = 136  # more, for L-BFGS
 _HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 _SLOWDOWN = {0: 1.0, 1: 1.15, _ALL_BLOCKS: 2.2}  # by the number of blocks in strips
 _SHALLOW_SHARE = 0.65  # of a step's time, at a shallow scale
-_TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "xpu": 1024, "mps": 512}  # pixels of the picture that is timed
+_TRIAL_SIDES = {
+    "cpu": 192,
+    "cuda": 1024,
+    "xpu": 1024,
+    "mps": 512,
+}  # pixels of the picture that is timed
 _TRIAL_STEPS = 4
 _CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what groups of processes may use
 _OWN_GROUPS = Path("/proc/self/cgroup")  # and in which of them this process is
@@ -2778,7 +2786,8 @@ def _to_size(picture: Image.Image, name: str, max_size: int, upscale: bool) -> I
 
 def _to_tensor(picture: Image.Image, device: torch.device) -> Tensor:
     """(1, C, H, W), float32, from 0 to 1."""
-    pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (C, H, W), 0 to 255
+    with torch.device("cpu"):  # torch.set_default_device would reach into torchvision
+        pixels = torchvision.transforms.functional.pil_to_tensor(picture)  # (C, H, W), 0 to 255
     return (pixels.float() / 255)[None].to(device)
 
 
