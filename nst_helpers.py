@@ -2654,7 +2654,9 @@ def _to_tensor(picture: Image.Image, name: str, max_size: int, upscale: bool = F
     factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
     height, width = _scaled((height, width), factor if upscale else min(factor, 1))
     resized = picture.resize((width, height), Image.Resampling.LANCZOS)  # weighted by the alpha
-    return (torchvision.transforms.functional.pil_to_tensor(resized).float() / 255)[None]
+    with torch.device("cpu"):  # torch.set_default_device would reach into torchvision
+        pixels = torchvision.transforms.functional.pil_to_tensor(resized)  # (C, H, W), 0 to 255
+    return (pixels.float() / 255)[None]
 
 
 def load_painting(

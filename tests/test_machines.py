@@ -1,17 +1,19 @@
-"""Machines: what a step asks of a GPU, float16, GPUs that torch cannot use, Macs, containers.
+"""Machines: what a step asks of a GPU, float16, devices, Macs, containers, a program's settings.
 
 No GPU is needed. A CPU stands in for one: it takes the path of a GPU, or refuses what a GPU would.
 """
 
+import contextlib
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
-    ARCHES,
     IMAGES,
+    NAMES,
     SHALLOW,
     TINY,
     assert_close,
@@ -129,56 +131,103 @@ def test_when_the_factor_runs_out_a_run_goes_on_in_float32(monkeypatch, half, pa
         assert last(nst.stylize(photo, painting, config, network=half)).image.isfinite().all()
 
 
-# GPUs that this torch cannot use ------------------------------------------------------------------
+# Devices and dtypes -------------------------------------------------------------------------------
+
+MPS, XPU = torch.device("mps"), torch.device("xpu")
 
 
-@pytest.mark.parametrize(
-    ("capability", "arches", "is_usable"),
-    [
-        ((7, 5), ARCHES, True),  # Colab's T4
-        ((8, 9), ARCHES, True),  # sm_86 runs on 8.9
-        ((12, 0), ARCHES, True),  # compiled from compute_90 when needed
-        ((12, 0), ARCHES[:-1], False),
-        ((6, 0), ARCHES, False),  # Kaggle's P100
-        ((7, 0), ("sm_75", "sm_80", "compute_120"), False),  # a V100 with newer wheels
-        ((8, 0), ("sm_86",), False),
-    ],
-)
-def test_a_gpu_that_torch_has_no_code_for_is_left_alone(gpu, capability, arches, is_usable):
-    gpu.update(capability=capability, arches=arches)
-    if is_usable:
-        assert nst._pick_device("auto") == nst._pick_device("cuda") == CUDA
-        return
-    number = "sm_{}{}".format(*capability)
-    with pytest.warns(nst.StyleTransferWarning, match=rf"CPU.*Tesla Model 7 \({number}\)"):
-        assert nst._pick_device("auto") == CPU
-    for name in ("cuda", "cuda:0"):
-        with pytest.raises(ValueError, match=rf"^device .*'{name}'.*Tesla Model 7"):
+@pytest.fixture
+def have(monkeypatch):
+    """A machine with these GPUs, on which ``trial`` takes the place of the small convolution."""
+    convolve = nst._convolve
+
+    def have(cuda=0, xpu=0, mps=False, capability=(8, 0), trial=convolve):
+        for kind, count in (("cuda", cuda), ("xpu", xpu)):
+            monkeypatch.setattr(getattr(torch, kind), "is_available", lambda count=count: count > 0)
+            monkeypatch.setattr(getattr(torch, kind), "device_count", lambda count=count: count)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(nst, "_convolve", lambda device, dtype: trial(CPU, dtype))
+
+    return have
+
+
+def test_auto_is_cuda_else_xpu_else_mps_else_the_cpu_and_a_device_must_be_there(have, pair):
+    for cuda, xpu, mps, expected in (
+        (2, 1, True, "cuda"),
+        (0, 1, True, "xpu"),
+        (0, 0, True, "mps"),
+        (0, 0, False, "cpu"),
+    ):
+        have(cuda, xpu, mps)
+        assert nst._pick_device("auto") == torch.device(expected)
+        assert nst._pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match=r"^device.*'cpu'.*'cuda'"):
+        nst.stylize(*pair, replace(SHALLOW, device="cuda"))
+    have(cuda=2, xpu=1)
+    for name in ("cuda:1", "xpu", "xpu:0"):
+        assert nst._pick_device(name) == torch.device(name)
+    for name in ("cuda:2", "xpu:1", "mps"):
+        with pytest.raises(ValueError, match=f"^device.*'cuda:1', 'xpu', 'xpu:0'.*'{name}'"):
             nst._pick_device(name)
 
 
-def test_a_gpu_that_fails_a_small_convolution_is_left_alone(gpu):
-    gpu["trial"] = fail(RuntimeError("CUDA error: no kernel image is available\nmore\nlines"))
-    with pytest.warns(nst.StyleTransferWarning, match="Model 7.*no kernel image") as caught:
+@pytest.mark.parametrize("gpus", [{"cuda": 1}, {"xpu": 1}, {"mps": True}])
+def test_a_gpu_that_fails_a_small_convolution_is_left_alone(have, gpus):
+    (name,) = gpus
+    have(**gpus, trial=fail(RuntimeError("no kernel image is available\nmore\nlines")))
+    with pytest.warns(nst.StyleTransferWarning, match=f"CPU.*'{name}'.*no kernel image") as caught:
         assert nst._pick_device("auto") == CPU
     assert "\n" not in str(caught[0].message)
+    with pytest.raises(ValueError, match=f"^device .*'{name}'.*no kernel image"):
+        nst._pick_device(name)
 
 
-def test_capability_means_something_else_on_amd(monkeypatch, gpu):
-    monkeypatch.setattr(torch.version, "hip", "6.2")
-    gpu.update(capability=(11, 0), arches=("gfx1100",))
-    assert nst._pick_device("auto") == CUDA
-    monkeypatch.setattr(nst, "_bfloat16_is_faster", lambda device: True)
-    assert nst._pick_dtype("auto", CUDA) == torch.bfloat16
-    monkeypatch.setattr(nst, "_bfloat16_is_faster", lambda device: False)
-    assert nst._pick_dtype("auto", CUDA) == torch.float32
+def test_a_warning_is_given_every_time(have):
+    have(cuda=1, trial=fail(RuntimeError()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            nst._pick_device("auto")
+    assert len(caught) == 3
+    assert {warning.filename for warning in caught} == {__file__}
 
 
-def test_a_gpu_whose_float16_gives_nan_computes_in_float32(gpu):
-    gpu["capability"] = (7, 5)  # a GTX 1660 says the same as a T4
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), "float32"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_precision_on_a_gpu_is_what_its_tensor_cores_have(have, capability, expected):
+    have(cuda=1, capability=capability)
+    assert nst._pick_dtype("auto", CUDA) == getattr(torch, expected)
+    assert nst._pick_dtype("float16", CUDA) == torch.float16
+    for device in (MPS, CUDA) if capability < (8, 0) else (MPS,):
+        with pytest.raises(ValueError, match=rf"^precision.*'float16'.*{device}.*'bfloat16'"):
+            nst._pick_dtype("bfloat16", device)
+
+
+def test_a_gpu_whose_float16_gives_nan_computes_in_float32(have):
+    have(cuda=1, capability=(7, 5))  # a GTX 1660 says the same as a T4
     assert nst._pick_dtype("auto", CUDA) == torch.float16
-    gpu["trial"] = lambda dtype: math.nan if dtype == torch.float16 else 576.0
+    have(cuda=1, capability=(7, 5), trial=lambda device, dtype: math.nan)
     assert nst._pick_dtype("auto", CUDA) == torch.float32
+
+
+@pytest.mark.parametrize(("device", "hip"), [(CPU, None), (CUDA, "6.2"), (XPU, None)])
+@pytest.mark.parametrize("seconds", [0.5, 0.99, 2])
+def test_elsewhere_auto_precision_is_bfloat16_if_that_is_clearly_faster(
+    monkeypatch, have, device, hip, seconds
+):
+    have(cuda=1, xpu=1, capability=(11, 0))  # which means something else on AMD
+    monkeypatch.setattr(torch.version, "hip", hip)
+    taken = {torch.float32: 1.0, torch.bfloat16: seconds}
+    monkeypatch.setattr(
+        nst.timeit, "repeat", lambda convolve, **_: [9.0, taken[convolve.args[1]], 9.0]
+    )
+    monkeypatch.setattr(nst, "_bfloat16_is_faster", nst._bfloat16_is_faster.__wrapped__)  # uncached
+    expected = torch.bfloat16 if seconds < 0.8 else torch.float32
+    assert nst._pick_dtype("auto", device) == expected
+    assert nst._pick_dtype("auto", MPS) == torch.float32
 
 
 def test_the_trial_is_a_convolution():
@@ -266,31 +315,124 @@ def test_the_stand_in_for_a_mac_refuses_float64():
 # Containers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [("250000 100000", 2), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 7), (None, 7)],
-)
-def test_a_run_has_as_many_threads_as_its_container_has_cpus(
-    monkeypatch, tmp_path, shallow, pair, limit, expected
-):
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """Control groups: ``groups(lines of /proc/self/cgroup, {file: text})``."""
     monkeypatch.setattr(nst, "_CONTAINER", tmp_path)
-    if limit is not None:
-        (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    threads = [7]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    last(nst.stylize(*pair, SHALLOW, network=shallow))
-    assert threads == [7, expected, 7]
+    monkeypatch.setattr(nst, "_OWN_GROUPS", tmp_path / "cgroup")
+
+    def make(own, files):
+        (tmp_path / "cgroup").write_text(own)
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{text}\n")
+
+    return make
 
 
-# Warnings -----------------------------------------------------------------------------------------
+HYBRID = "9:name=systemd:/user.slice\n4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n0::/user.slice\n"
 
 
-def test_a_warning_is_given_every_time(monkeypatch, gpu):
-    gpu["capability"] = (3, 5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            nst._pick_device("auto")
-    assert len(caught) == 3
-    assert {warning.filename for warning in caught} == {__file__}
+def memory(folder, limit, used=0, cache=0, version=2):
+    """A group's files of memory."""
+    names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
+    statistics = f"anon 5\ninactive_anon 900\ninactive_file {cache}\nslab 7"
+    values = zip((*names, "stat"), (limit, used, statistics), strict=True)
+    return {f"{folder}/memory.{name}": value for name, value in values}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {}, 4000),
+        ("0::/\n", memory(".", "max"), 4000),
+        ("0::/\n", memory(".", 5000), 4000),
+        ("0::/\n", memory(".", 1000, 700, 50), 350),
+        ("0::/\n", memory(".", 600, 700, 50), 0),
+        ("0::/system.slice/slurmstepd.scope/job_1/step_0\n", {}, 4000),
+        (
+            "0::/system.slice/slurmstepd.scope/job_1/step_0\n",
+            memory("system.slice/slurmstepd.scope/job_1", 1000, 100)
+            | memory("system.slice/slurmstepd.scope/job_1/step_0", "max"),
+            900,
+        ),
+        ("0::/a/b\n", memory("a", 900, 200) | memory("a/b", 800), 700),
+        ("0::/a\n", memory("a/b", 800), 4000),  # of another process
+        (HYBRID, memory("memory/docker/x", 1000, 300, version=1), 700),
+        (HYBRID, memory("memory", 1000, 400, version=1), 600),  # as seen from inside
+        (HYBRID, memory("memory/docker/x", 2**63 - 4096, version=1), 4000),
+        (HYBRID, memory("memory/user.slice", 1000, version=1), 4000),  # of another process
+    ],
+)
+def test_the_free_memory_is_what_all_groups_leave(monkeypatch, groups, own, files, expected):
+    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
+    groups(own, files)
+    assert nst._free_bytes(CPU) == expected
+
+
+def test_without_control_groups_the_machine_has_the_last_word(monkeypatch, tmp_path):
+    monkeypatch.setattr(nst, "_OWN_GROUPS", tmp_path / "missing")
+    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
+    assert nst._free_bytes(CPU) == 4000
+
+
+def test_the_free_memory_of_a_gpu_is_what_torch_may_take_or_has_reserved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 16))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
+    assert nst._free_bytes(CUDA) == 5
+
+
+# What a program may have set ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_device(name):
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: default_device("meta"),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: default_dtype(torch.float64),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings", [{"noise": 0.1}, {"color": "luminance", "optimizer": "adam", "checkpoint": True}]
+)
+def test_what_is_set_around_a_run_does_not_reach_into_it(tmp_path, around, settings):
+    def paint_file():
+        config = replace(SHALLOW, num_steps=3, **settings)
+        network = nst.load_network(config)
+        photo, painting = (nst.load_image(IMAGES / name, 32) for name in NAMES[:2])
+        return last(nst.stylize(photo, painting, config, network=network, keep=photo))
+
+    expected = paint_file().image
+    with around():
+        step = paint_file()
+        nst.save_image(step, tmp_path)
+    assert torch.equal(step.image, expected)
+
+
+@pytest.mark.parametrize("name", ["StyleTransferConfig", "_FastVGG19"])
+def test_after_a_reload_the_error_says_so(monkeypatch, shallow, pair, name):
+    monkeypatch.setattr(nst, name, type(name, (), {}))  # a new class of the same name
+    with pytest.raises(ValueError, match=r"reloaded: make config and network anew\b"):
+        nst.stylize(*pair, SHALLOW, network=shallow)

@@ -1,5 +1,6 @@
 """Options: several paintings, regions, luminance, keep, memory, recovery, estimates, devices."""
 
+import functools
 import math
 import re
 import threading
@@ -30,7 +31,6 @@ from conftest import (
 
 import nst_helpers as nst
 
-CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 MPS = torch.device("mps")
 GB = 1e9
@@ -302,30 +302,24 @@ def test_a_photo_too_large_for_the_memory_is_refused_with_the_largest_that_fits(
         nst.stylize(*pair, config, network=shallow)
 
 
-def test_what_is_free_depends_on_the_container_the_machine_and_the_device(
-    monkeypatch, tmp_path, shallow, pair
-):
-    def set_limit(limit):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-
-    def free():
-        return nst.estimate(*pair, SHALLOW, shallow, seconds_per_pixel=RATE).free
-
-    monkeypatch.setattr(nst.psutil, "virtual_memory", lambda: SimpleNamespace(available=4e12))
-    monkeypatch.setattr(nst, "_CONTAINER", tmp_path)
-    assert free() == 4e12
-    (tmp_path / "memory.current").write_text("7000000000000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_anon 9\ninactive_file 500\nslab 7\n")
-    for limit, expected in ((10 * 10**12, 3e12 + 500), (20 * 10**12, 4e12), ("max", 4e12)):
-        set_limit(limit)
-        assert free() == expected
-    set_limit(6 * 10**12)
-    with pytest.raises(ValueError, match=r"^No picture.*0\.0 GB"):
-        free()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 16))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
-    assert nst._free_bytes(CUDA) == 5  # with what torch has reserved and does not use
+def test_glibc_is_asked_to_keep_freed_memory_and_a_gpu_to_return_it(monkeypatch):
+    asked = {"kept": True}
+    glibc = SimpleNamespace(mallopt=asked.__setitem__, malloc_trim=lambda pad: asked.pop("kept"))
+    monkeypatch.setattr(nst.sys, "platform", "linux")
+    monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: glibc)
+    emptied = []
+    for gpus in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(gpus, "empty_cache", functools.partial(emptied.append, gpus))
+    nst._keep_freed_memory(True)
+    assert emptied == []
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+    assert asked == {-4: 0, -1: 2**31 - 1, "kept": True}
+    nst._keep_freed_memory(False)
+    assert asked == {-4: 2**16, -1: 2**26, -3: 2**20}
+    assert emptied == [torch.cuda, torch.xpu]
+    monkeypatch.setattr(nst.sys, "platform", "win32")
+    monkeypatch.setattr(nst.ctypes, "CDLL", fail(OSError()))
+    nst._keep_freed_memory(True)
 
 
 # Recovery -----------------------------------------------------------------------------------------
@@ -374,10 +368,22 @@ def limit_memory(monkeypatch, is_too_much, in_steps=True):
 
 
 WORDS = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
+    "HIP out of memory. Tried to allocate 2.00 GiB",
+    "MPS backend out of memory (MPS allocated: 5.1 GB)",
+    "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "miopenStatusAllocFailed",
+    "FIND was unable to find an engine to execute this computation",
+    "Invalid buffer size: 8.21 GB",
+    "Failed to allocate private MTLBuffer for size 9000000000",
+    "UR error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)",
+    "could not create a memory object",
     "could not create a primitive",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+    "std::bad_alloc",
 )
 ERRORS = [MemoryError(), torch.cuda.OutOfMemoryError("out of memory"), *map(RuntimeError, WORDS)]
 
@@ -575,43 +581,3 @@ def test_the_estimate_times_the_fastest_of_a_few_small_steps(monkeypatch, shallo
     monkeypatch.setattr(nst.time, "perf_counter", lambda: clock[0])
     found = nst.estimate(plain_photo(900), pictures["starry_night"], SHALLOW, shallow)
     assert found.seconds_per_pixel == pytest.approx(RATE)
-
-
-def test_auto_is_cuda_else_mps_else_the_cpu_and_a_device_must_be_there(monkeypatch, pair, gpu):
-    for gpus, mps, expected in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
-        gpu["count"] = gpus
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: found)
-        assert nst._pick_device("auto") == torch.device(expected)
-        assert nst._pick_device("cpu") == CPU
-    with pytest.raises(ValueError, match=r"^device.*'cpu'.*'cuda'"):
-        nst.stylize(*pair, replace(SHALLOW, device="cuda"))
-    gpu["count"] = 2
-    assert nst._pick_device("cuda:1") == torch.device("cuda:1")
-    for device in ("cuda:2", "mps"):
-        with pytest.raises(ValueError, match=f"^device.*'cuda:1'.*'{device}'"):
-            nst.stylize(*pair, replace(SHALLOW, device=device))
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((6, 1), "float32"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
-)
-def test_precision_on_a_gpu_is_what_its_tensor_cores_have(gpu, capability, expected):
-    gpu["capability"] = capability
-    assert nst._pick_dtype("auto", CUDA) == getattr(torch, expected)
-    assert nst._pick_dtype("float16", CUDA) == torch.float16
-    for device in (MPS, CUDA) if capability < (8, 0) else (MPS,):
-        with pytest.raises(ValueError, match=rf"^precision.*'float16'.*{device}.*'bfloat16'"):
-            nst._pick_dtype("bfloat16", device)
-
-
-@pytest.mark.parametrize("seconds", [0.5, 0.99, 2])
-def test_auto_precision_on_a_cpu_is_bfloat16_if_that_is_clearly_faster(monkeypatch, seconds):
-    taken = {torch.float32: 1.0, torch.bfloat16: seconds}
-    monkeypatch.setattr(
-        nst.timeit, "repeat", lambda convolve, **_: [9.0, taken[convolve.args[1]], 9.0]
-    )
-    monkeypatch.setattr(nst, "_bfloat16_is_faster", nst._bfloat16_is_faster.__wrapped__)  # uncached
-    expected = torch.bfloat16 if seconds < 0.8 else torch.float32
-    assert nst._pick_dtype("auto", CPU) == expected
-    assert nst._pick_dtype("auto", MPS) == torch.float32
