@@ -158,7 +158,7 @@ def _warn(sentence: str) -> None:
 
 _Features = Mapping[str, Tensor]  # {layer: (B, C, H, W)}
 _SMALLEST_NORM = 1e-12  # prevents division by zero
-_LEAST_COVARIANCE = 1e-6  # of a Gram matrix: all that a picture of one colour has is rounding
+_LEAST_COVARIANCE = 1e-6  # of ‖G‖²: the covariance of a picture of one colour is only rounding
 _POSITIONS_AT_ONCE = 2**14  # multiplied at a time on a CPU
 
 
@@ -200,7 +200,7 @@ class _SumsOverPositions(torch.autograd.Function):
         ctx: Any, of_products: Tensor, of_sums: Tensor
     ) -> Tensor:
         (rows,) = ctx.saved_tensors
-        both_halves = of_products + of_products.mT  # F Fᵀ is symmetric: each product is there twice
+        both_halves = of_products + of_products.mT  # the gradient of Σ A ∘ F Fᵀ is (A + Aᵀ) F
         gradient = torch.empty_like(rows)
         for target, part in zip(_in_chunks(gradient), _in_chunks(rows), strict=True):
             target.copy_(part.float() @ both_halves + of_sums[:, None])
@@ -529,8 +529,8 @@ class VGG19Features(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
         """The features of an image in some layers, and its ``style_statistics`` in others.
 
-        So many blocks as ``strips``, from the first, are computed strip by strip, and again for the
-        gradient: with all five, that takes a fraction of the memory and about twice the time.
+        The first ``strips`` blocks are computed strip by strip, and again for the gradient: with
+        all five, that takes a fraction of the memory and about twice the time.
         """
         layers = {*content_layers, *style_layers}
         # Guides need whole features. Otherwise statistics are made strip by strip, except in a
@@ -652,7 +652,7 @@ def _edges(image: Tensor) -> Tensor:
     """How much of an edge there is at each pixel of an image, 0 to 1: (1, 1, H, W).
 
     An edge is steep, and steeper than what is around it. Faint texture, such as skin or ripples,
-    is not, nor is what fades beside an outline.
+    is no edge, and neither is the soft transition beside an outline.
     """
     down, across = torch.gradient(image, dim=(2, 3))
     steepness = (down.square() + across.square()).mean(1, keepdim=True)
@@ -708,10 +708,11 @@ def _darkest(lightness: Tensor) -> Tensor:
 
 
 def _match_palette(photo: Tensor, part: Tensor, painting: Tensor) -> Tensor:
-    """The photo, of which a part counts, in the colours of a painting, and with darks as dark.
+    """The photo in the colours of a painting, and with its darks as dark as the painting's.
 
     Departure: the covariance of a nearly white painting would make the photo's darks pale, though
     the painting has darks too, only few. So what is darker than the mean is darkened further.
+    Colours are measured in a part of the photo, (1, 3, h, w), which may be the photo itself.
     """
     matched = match_colors(photo, painting, part)
     counted = matched if part is photo else match_colors(part, painting)
@@ -1183,14 +1184,14 @@ _SMALLEST_LONG_SIDE = 96  # pixels, of the coarsest scale with scales="auto"
 # Shares of the steps. Most are taken where they are cheap; much of the finest scale's work is lost
 # when the result is shrunk.
 _COARSEST_SHARE, _OTHER_SHARE, _FINEST_SHARE = 10, 2, 1
-_LR_GROWTH = 0.8  # of the learning rate, added for each finer scale that follows
+_LR_GROWTH = 0.8  # of the learning rate: each coarser scale adds this share
 
 # The trial that tells how much of the photo a pair of pictures needs: see ``_find_balance``.
 _TRIAL_LONG_SIDE = 160  # pixels
 _BALANCE_STEPS = 11
 _TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
 _TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
-_EASY_STYLE = 0.06  # the style loss that it leaves where the painting suits the photo
+_EASY_STYLE = 0.06  # the style loss left after the trial where the painting suits the photo
 _BALANCE_POWER = 1.5
 _MOST_BALANCE = 8.0
 _FINEST_POWER = 0.5  # of the balance, at the finest scale: by then the composition is settled
@@ -1203,14 +1204,16 @@ _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 class Scale:
     """One of the sizes that are painted, with its number of steps and its learning rate.
 
-    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. With
-    ``is_shallow``, only the first three blocks are looked at: see ``_layers_at``.
+    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. ``is_finest``:
+    it is the finest of several sizes. With ``is_shallow``, only the first three blocks are looked
+    at: see ``_layers_at``.
     """
 
     size: _Size
     steps: int
     lr: float
     strips: int = 0
+    is_finest: bool = False
     is_shallow: bool = False
 
     @property
@@ -1261,9 +1264,9 @@ def plan_scales(
     shapes. Each has half the height and width of the next, and none is smaller than ``start``, a
     picture to go on from.
 
-    Steps above _NORMAL_STEPS go half each to the two finest sizes: more at the coarsest would
-    distort faces, which later scales cannot repair. At the finest they come before its shallow
-    steps, as a scale of their own that looks at all layers.
+    Of the steps above _NORMAL_STEPS, each of the two finest sizes gets half: more at the coarsest
+    would distort faces, which later scales cannot repair. At the finest they come before its
+    shallow steps, as a scale of their own that looks at all layers.
     """
     config = config.resolve_quality()
     num_steps = _STEPS[config.quality] if config.num_steps == "auto" else config.num_steps
@@ -1277,12 +1280,13 @@ def plan_scales(
     for number, size_here in enumerate(sizes):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        scales.append(Scale(size_here, steps[number], lr))
+        is_finest = finer_scales == 0 and len(sizes) > 1
+        scales.append(Scale(size_here, steps[number], lr, is_finest=is_finest))
     has_shallow = len(sizes) > 1 and config.optimizer == "lbfgs"
     deep = replace(scales[-1], steps=more_steps + (0 if has_shallow else steps[-1]))
     shallow = replace(scales[-1], steps=steps[-1] if has_shallow else 0, is_shallow=True)
     scales = [*scales[:-1], deep, shallow]
-    return [scale for scale in scales if scale.steps > 0]  # of very few steps, some get none
+    return [scale for scale in scales if scale.steps > 0]  # with very few steps, some get none
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -1298,8 +1302,8 @@ class Job:
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
-    balance: how many times as much as ``config.content_weight`` the photo counts, 1 to 8; ``None``
-        until it is found, by ``_find_balance``, and 1 then for ``paint``.
+    balance: what multiplies ``config.content_weight``, 1 to 8; ``None`` until ``_find_balance``
+        has found it. ``paint`` takes ``None`` as 1.
     notes: what has gone wrong so far.
     """
 
@@ -1587,8 +1591,7 @@ def paint(job: Job) -> Iterator[Step]:
         scene = _set_scene(job, scale, photo, styles)
         canvas = _start_canvas(picture, photo, config)
         optimizer = _make_optimizer(job, scale, canvas, scene.limits)
-        is_finest = scale.size == job.scales[-1].size != job.scales[0].size
-        balance = (job.balance or 1.0) ** (_FINEST_POWER if is_finest else 1)
+        balance = (job.balance or 1.0) ** (_FINEST_POWER if scale.is_finest else 1)
         last = number + scale.steps
         while number < last:
             with torch.enable_grad():
