@@ -1007,6 +1007,9 @@ class StyleTransferConfig:
 
 # Optimizers ---------------------------------------------------------------------------------------
 
+# An optimizer has an image, which step(gradient) moves within limits. It is made anew at each
+# scale, and a constant factor of all gradients means nothing to it.
+
 _LBFGS_HISTORY = 4  # pairs; 10 were no better and used more memory
 _FIRST_STEP = 0.2  # of the learning rate: the mean change of pixels without any history
 _LONGEST_STEP = 1.5  # of the learning rate: the mean change of pixels, at most
@@ -1035,8 +1038,8 @@ class _Differentiator:
         """The gradient; ``None`` after an overflow, with a smaller factor from now on.
 
         The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive half
-        precision. The optimizers ignore the scale. Raises ``FloatingPointError`` if the loss itself
-        is a NaN or an infinity, or if smaller factors do not help.
+        precision. Raises ``FloatingPointError`` if the loss itself is a NaN or an infinity, or if
+        smaller factors do not help.
         """
         factor = self.factor
         (gradient,) = torch.autograd.grad(loss * (canvas.numel() * factor), canvas)
@@ -1297,7 +1300,8 @@ class Job:
     styles: the paintings, one or more, each (1, 3, H, W).
     masks: one for each painting, (1, 3, h, w), white where it goes; none blends them everywhere.
     visible: one for each painting, white where its style is taken from; ``None`` is everywhere.
-    cutout: white where the photo is visible, if it is cut out; what is hidden counts nowhere.
+    cutout: white where the photo is visible, if it is cut out; what is hidden counts neither in
+        its colours, nor in content, nor in style.
     keep: white where the photo stays as it is.
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
@@ -1450,9 +1454,9 @@ class _Scene(NamedTuple):
     """What the canvas is compared with at one scale, and how far its pixels may go."""
 
     content: _Features  # {layer: (1, C, h, w)}: what the network sees in the photo
+    content_guides: _Features | None  # {layer: (1, 1, h, w)}: where the photo is visible
     style: Mapping[str, Statistics]  # {layer: those of the paintings}
     layer_weights: Sequence[float]  # of the style
-    content_guides: _Features | None  # {layer: (1, 1, h, w)}: where the photo is visible
     guides: _Features | None  # {layer: (R, 1, h, w)}: where each painting goes
     region_shares: Sequence[float] | None  # how much each region counts
     limits: _Limits
@@ -1506,11 +1510,10 @@ def _see_styles(
     return targets
 
 
-def _set_scene(job: Job, scale: Scale, content: Tensor, styles: Sequence[Tensor]) -> _Scene:
-    """The features of the photo, ``content``, and the statistics of the paintings, at a scale."""
+def _set_scene(job: Job, scale: Scale, photo: Tensor, styles: Sequence[Tensor]) -> _Scene:
+    """What the network sees in the photo, padded as the canvas is, and in the paintings."""
     layers, weights = _layers_at(scale, job.config)
-    features, _ = job.network.look(_pad(content), layers, strips=scale.strips)
-    targets = _see_styles(job, scale, styles, weights)
+    features, _ = job.network.look(_pad(photo), layers, strips=scale.strips)
     content_guides, guides, shares = None, None, None
     if job.cutout is not None:
         shown = _pad(_fit_mask(job.cutout, scale.size))
@@ -1521,8 +1524,15 @@ def _set_scene(job: Job, scale: Scale, content: Tensor, styles: Sequence[Tensor]
     if job.config.color == "luminance":
         darkest, lightest = _luminance_limits(resize(job.content, scale.size))
         limits = _pad(darkest), _pad(lightest)
-    layer_weights = list(weights.values())
-    return _Scene(features, targets, layer_weights, content_guides, guides, shares, limits)
+    return _Scene(
+        content=features,
+        content_guides=content_guides,
+        style=_see_styles(job, scale, styles, weights),
+        layer_weights=list(weights.values()),
+        guides=guides,
+        region_shares=shares,
+        limits=limits,
+    )
 
 
 def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> _LBFGS | _Adam:
@@ -1621,7 +1631,7 @@ def _plan_trial(job: Job) -> Job | None:
     is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
     if not is_weighed or scale.work > _TRIAL_SHARE * sum(scale.work for scale in job.scales):
         return None
-    style_alone = replace(
+    style_alone = replace(  # every other loss has a weight of 0
         config, content_weight=0, tv_weight=0, scales=1, optimizer="lbfgs", init="content", noise=0
     )
     return replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
