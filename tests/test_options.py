@@ -29,8 +29,6 @@ from conftest import (
 
 import nst_helpers as nst
 
-CUDA = torch.device("cuda")
-MPS = torch.device("mps")
 GB = 1e9
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 
