@@ -1637,18 +1637,18 @@ def _plan_trial(job: Job) -> Job | None:
     return replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
 
 
-def _find_balance(job: Job) -> float:
+def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> float:
     """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
 
     Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
     swirls, which recur, are soon in place. What is left is what the painting has once, and the
     photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
-    objects, unless these count more.
+    objects, unless these count more. ``run`` is what paints the trial.
     """
     trial = _plan_trial(job)
     if trial is None:
         return 1.0
-    *_, last = paint(trial)
+    *_, last = run(trial)
     found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
     return min(max(1.0, found), _MOST_BALANCE)
 
@@ -1701,16 +1701,29 @@ def _pick_device(name: str) -> torch.device:
     raise ValueError(f"device must be 'cpu', not {chosen!r}: {problem}.")
 
 
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many threads for torch; never around a ``yield``, since runs may be interleaved."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.cache
 def _bfloat16_is_faster(device: torch.device) -> bool:
     """Some CPUs convolve in bfloat16 at twice the speed of float32, some at half: a trial tells.
 
-    It takes a few milliseconds, once in a process.
+    It takes a few milliseconds, once in a process, on one thread: another program on the cores
+    would slow several down at random.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         convolve = functools.partial(_convolve, device, dtype)
-        seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=10))
+        with _threads(1):
+            seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=10))
     return seconds[torch.bfloat16] * 1.25 < seconds[torch.float32]
 
 
@@ -1893,13 +1906,39 @@ def _keep_freed_memory(keep: bool) -> None:
 # Recovery -----------------------------------------------------------------------------------------
 
 _STEP_LOCK = Lock()  # runs that share the cores in parallel are slower than taking turns
+_SECONDS_BETWEEN_LOOKS = 0.2  # at what other processes do
 _SHRINK_AFTER_MEMORY = 1 / math.sqrt(2)  # of the sides, when memory runs out: half the pixels
 
 
-def _taking_turns(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, one at a time where several runs paint in this process, and with gradients."""
+def _work_of_others() -> float:
+    """Seconds that CPUs have worked for other processes, but for those that give way (nice)."""
+    times = psutil.cpu_times()
+    return times.user + times.system - time.process_time()
+
+
+def _fitting_threads(precision: str) -> Iterator[int]:
+    """How many threads to take for each step: no more than there are CPUs that others leave.
+
+    Threads wait for each other by spinning. On a core that another process uses, that takes four
+    times as long; fewer threads take less than twice as long. Their number changes the rounding, so
+    a named precision, which promises the same bits, keeps to what the machine and its groups have.
+    """
+    allowed = min(torch.get_num_threads(), _container_cpus())
+    cpus, others = psutil.cpu_count() or 1, 0.0
+    clock, work = time.perf_counter(), _work_of_others()
     while True:
-        with _STEP_LOCK, torch.inference_mode(False):
+        yield max(1, math.floor(min(allowed, cpus - round(others))))
+        seconds = time.perf_counter() - clock
+        if precision == "auto" and seconds > _SECONDS_BETWEEN_LOOKS:
+            before, work = work, _work_of_others()
+            clock, others = clock + seconds, max(0, work - before) / seconds
+
+
+def _paint_in_turns(job: Job) -> Iterator[Step]:
+    """``paint``, a step at a time where several runs paint in this process, and with gradients."""
+    steps = paint(job)
+    for threads in _fitting_threads(job.config.precision):
+        with _STEP_LOCK, torch.inference_mode(False), _threads(threads):
             step = next(steps, None)
         if step is None:
             return
@@ -1985,9 +2024,8 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
             _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
             try:
                 if job.balance is None:
-                    with _STEP_LOCK:
-                        job = replace(job, balance=_find_balance(job))
-                for step in _taking_turns(paint(job)):
+                    job = replace(job, balance=_find_balance(job, _paint_in_turns))
+                for step in _paint_in_turns(job):
                     good = step
                     yield step
                 return

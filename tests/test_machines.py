@@ -383,6 +383,82 @@ def test_the_free_memory_of_a_gpu_is_what_torch_may_take_or_has_reserved(monkeyp
     assert nst._free_bytes(CUDA) == 5
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    """How many threads torch has, and had, on a machine with eight CPUs."""
+    numbers = [7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(nst.psutil, "cpu_count", lambda: 8)
+    return numbers
+
+
+CPU_1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {}, 7),
+        ("0::/\n", {"cpu.max": "max 100000"}, 7),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "350000 100000"}, 3),
+        (HYBRID, {f"cpu/docker/x/{CPU_1[0]}": 300000, f"cpu/docker/x/{CPU_1[1]}": 100000}, 3),
+        (HYBRID, {f"cpu/{CPU_1[0]}": 200000, f"cpu/{CPU_1[1]}": 100000}, 2),
+        (HYBRID, {f"cpu/{CPU_1[0]}": -1, f"cpu/{CPU_1[1]}": 100000}, 7),
+    ],
+)
+def test_a_step_has_as_many_threads_as_the_groups_have_cpus(
+    threads, groups, shallow, pair, own, files, expected
+):
+    groups(own, files)
+    last(nst.stylize(*pair, replace(SHALLOW, num_steps=1), network=shallow))
+    assert threads == [7, expected, 7, expected, 7]  # the last one to see that the run has ended
+
+
+def test_interleaved_runs_leave_the_threads_of_the_caller(groups, shallow, pair):
+    groups("0::/\n", {"cpu.max": "100000 100000"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [nst.stylize(*pair, SHALLOW, network=shallow) for _ in range(2)]
+        for run in (*runs, *runs):
+            next(run)
+        for run in runs:
+            last(run)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "busy", "expected"),
+    [
+        ("auto", 0.3, 7),  # one of eight CPUs stays free anyway
+        ("auto", 1.4, 7),
+        ("auto", 1.6, 6),
+        ("auto", 5, 3),
+        ("auto", 60, 1),
+        ("float32", 5, 7),  # the same bits, however busy the machine is
+    ],
+)
+def test_steps_use_the_cores_that_other_processes_leave(
+    monkeypatch, threads, shallow, pair, precision, busy, expected
+):
+    seconds = iter(range(100))
+    clock = [0.0]
+    monkeypatch.setattr(nst.time, "perf_counter", lambda: clock.append(next(seconds)) or clock[-1])
+    work = lambda: SimpleNamespace(user=clock[-1] * (busy + 1), system=0.0, idle=9.0)  # noqa: E731
+    monkeypatch.setattr(nst.psutil, "cpu_times", work)
+    monkeypatch.setattr(nst.time, "process_time", lambda: clock[-1])
+    steps = nst.stylize(*pair, replace(SHALLOW, precision=precision), network=shallow)
+    next(steps)
+    next(steps)
+    next(steps)
+    assert threads[1::2] == [7, expected, expected]
+
+
 # What a program may have set ----------------------------------------------------------------------
 
 

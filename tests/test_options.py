@@ -31,8 +31,6 @@ from conftest import (
 
 import nst_helpers as nst
 
-CUDA = torch.device("cuda")
-MPS = torch.device("mps")
 GB = 1e9
 RATE = 1e-6  # seconds per pixel
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
