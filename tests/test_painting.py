@@ -1,10 +1,10 @@
 """The method: the plan of scales, starts, palettes, optimizers, steps, and what is refused."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -186,6 +186,59 @@ def test_the_photo_gets_the_palette_of_its_paintings(shallow, pictures):
     assert_close(paint(photo, styles, shallow, **settings), 0.75 * one + 0.25 * other, 1e-4)
 
 
+def test_darks_stay_as_dark_as_the_paintings_but_noise_is_not_amplified(shallow):
+    """A nearly white sheet with one dark mark: its covariance alone would make the darks pale."""
+    ramp = torch.linspace(0.1, 0.9, 48).expand(1, 3, 32, 48)
+    sheet = torch.full((1, 3, 48, 48), 0.95)
+    sheet[..., 20:28, 20:28] = 0.05  # 3 % of it
+    by_covariance = nst.match_colors(ramp, sheet)
+    result = paint(ramp, sheet, shallow, learning_rate=1e-7, num_steps=1, scales=1)
+    assert by_covariance.min() > 0.5
+    assert result[..., :3].mean() < by_covariance[..., :3].mean() - 0.25
+    assert_close(result[..., 40:], by_covariance.clamp(0, 1)[..., 40:], 1e-3)  # lights stay
+    flat = paint(GREY, sheet, shallow, learning_rate=1e-7, num_steps=1, scales=1)
+    assert flat.std() < 0.01
+
+
+# The balance --------------------------------------------------------------------------------------
+
+
+def balance_of(photo, painting, network, **settings):
+    config = replace(TINY, num_steps=60, scales="auto", **settings)
+    return next(nst.stylize(photo, painting, config, network=network)).job.balance
+
+
+def test_the_photo_counts_more_where_the_painting_does_not_suit_it(vgg, pictures):
+    photo = nst.shrink_to(pictures["china"], 96)
+    sheet = torch.full_like(photo, 0.95)
+    sheet[..., 20:40, 20:40] = 0.05  # what it has once
+    balance = partial(balance_of, photo, network=vgg)
+    suited, unsuited = balance(photo.flip(3)), balance(sheet)
+    assert suited == 1
+    assert 2 < unsuited <= 12
+    assert balance(sheet, content_weight=0) == balance(sheet, style_weight=0) == 1
+
+
+def test_the_balance_multiplies_the_weight_of_the_content(vgg, pictures):
+    photo = nst.shrink_to(pictures["china"], 96)
+    sheet = torch.full_like(photo, 0.95)
+    sheet[..., 20:40, 20:40] = 0.05
+    config = replace(TINY, num_steps=60, scales="auto")
+    for step in itertools.islice(nst.stylize(photo, sheet, config, network=vgg), 3):
+        losses = step.losses
+        total = 5 * step.job.balance * losses["content"] + 100 * losses["style"]
+        assert losses["total"].item() == pytest.approx((total + 2 * losses["tv"]).item(), rel=1e-4)
+
+
+def test_a_run_shorter_than_four_trials_and_one_of_one_size_go_without(vgg, pictures):
+    photo = nst.shrink_to(pictures["china"], 96)
+    sheet = torch.full_like(photo, 0.95)
+    sheet[..., 20:40, 20:40] = 0.05
+    for settings in ({"num_steps": 20}, {"num_steps": 60, "scales": 1}):
+        config = replace(TINY, **{"scales": "auto", **settings})
+        assert next(nst.stylize(photo, sheet, config, network=vgg)).job.balance == 1
+
+
 # Optimizers ---------------------------------------------------------------------------------------
 
 WIDE = (-100.0, 100.0)  # limits that no pixel reaches
@@ -216,7 +269,7 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic_with_three_curvatures(dtype, lar
 def test_lbfgs_limits_its_steps_and_keeps_four_with_how_they_changed_the_gradient():
     optimizer = lbfgs(torch.ones(1, 3, 4, 4), 0.02)
     canvases = minimise(optimizer, CURVATURES, 9)
-    moves = [after - before for before, after in pairwise(canvases)]
+    moves = [after - before for before, after in itertools.pairwise(canvases)]
     lengths = [move.abs().mean().item() for move in moves]
     assert lengths[0] == pytest.approx(0.2 * 0.02, rel=1e-4)
     assert max(lengths) == pytest.approx(1.5 * 0.02, rel=1e-4)
