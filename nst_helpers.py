@@ -1789,24 +1789,23 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
     return total + pixels * _BYTES_OF_HISTORY * (config.optimizer == "lbfgs")
 
 
-def _in_groups(*files: str) -> Iterator[list[str]]:
-    """The words in these files, of each control group that this process is in, and its parents."""
-    controller = files[0].partition(".")[0]
+def _in_groups(controller: str, version_2: str, version_1: str) -> Iterator[list[str]]:
+    """The words in files of the control groups that this process is in, and of their parents."""
     for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []:
         _, controllers, path = line.split(":", 2)  # version 2 names no controllers
         if controller in controllers.split(",") or not controllers:
             own = _CONTAINER / (controllers and controller) / path.strip("/")
-            for folder in (own, *own.parents):
+            for folder, files in itertools.product((own, *own.parents), (version_2, version_1)):
                 with contextlib.suppress(OSError):
-                    yield " ".join((folder / file).read_text() for file in files).split()
+                    yield " ".join((folder / file).read_text() for file in files.split()).split()
 
 
 def _container_bytes() -> float:
     """The bytes that this process's groups (Docker, SLURM, JupyterHub) leave it, or infinity."""
     left = math.inf
-    version_2 = _in_groups("memory.max", "memory.current", "memory.stat")
-    version_1 = _in_groups("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-    for limit, used, *statistics in itertools.chain(version_2, version_1):
+    version_1 = "memory.limit_in_bytes memory.usage_in_bytes memory.stat"
+    version_2 = "memory.max memory.current memory.stat"
+    for limit, used, *statistics in _in_groups("memory", version_2, version_1):
         if limit != "max":
             cache = statistics[statistics.index("inactive_file") + 1]  # given back when needed
             left = min(left, max(0, int(limit) - int(used) + int(cache)))
@@ -1815,9 +1814,7 @@ def _container_bytes() -> float:
 
 def _container_cpus() -> float:
     """How many CPUs this process's groups may use at a time, or infinity."""
-    limits = itertools.chain(
-        _in_groups("cpu.max"), _in_groups("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    )
+    limits = _in_groups("cpu", "cpu.max", "cpu.cfs_quota_us cpu.cfs_period_us")
     return min((int(q) / int(p) for q, p in limits if q not in ("max", "-1")), default=math.inf)
 
 
@@ -1915,8 +1912,9 @@ def _fitting_threads(precision: str) -> Iterator[int]:
     """How many threads to take for each step: no more than there are CPUs that others leave.
 
     Threads wait for each other by spinning. On a core that another process uses, that takes four
-    times as long; fewer threads take less than twice as long. Their number changes the rounding, so
-    a named precision, which promises the same bits, keeps to what the machine and its groups have.
+    times as long; fewer threads take less than twice as long. Their number changes the rounding,
+    and in many steps details of the picture. A named precision promises the same bits: with it, the
+    number is what the machine and this process's groups have.
     """
     allowed = min(torch.get_num_threads(), _container_cpus())
     cpus, others = psutil.cpu_count() or 1, 0.0

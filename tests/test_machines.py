@@ -357,6 +357,7 @@ def memory(folder, limit, used=0, cache=0, version=2):
             900,
         ),
         ("0::/a/b\n", memory("a", 900, 200) | memory("a/b", 800), 700),
+        ("0::/a/b\n", memory("a", 900) | memory("a/b", 300), 300),
         ("0::/a\n", memory("a/b", 800), 4000),  # of another process
         (HYBRID, memory("memory/docker/x", 1000, 300, version=1), 700),
         (HYBRID, memory("memory", 1000, 400, version=1), 600),  # as seen from inside
