@@ -379,8 +379,8 @@ def _fold_normalization(
     That is exact up to the edge of the image, since its padding repeats the image.
     """
     weight = tensors["conv1_1.weight"]  # (64, 3, 3, 3)
-    scale = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
-    shift = -torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1) / scale
+    scale = torch.tensor(std, dtype=torch.float64, device="cpu").view(1, 3, 1, 1)
+    shift = -torch.tensor(mean, dtype=torch.float64, device="cpu").view(1, 3, 1, 1) / scale
     bias = tensors["conv1_1.bias"] + (weight * shift.float()).sum((1, 2, 3))
     folded = {"conv1_1.weight": weight * (1 / scale).float(), "conv1_1.bias": bias}
     return {**tensors, **folded}
@@ -1466,7 +1466,7 @@ def _make_regions(
     Departure from Gatys et al. (2017), section 4: a region counts by its area, so that small ones
     are not painted more strongly.
     """
-    whole = torch.ones(1, 1, *scale.size)
+    whole = torch.ones(1, 1, *scale.size, dtype=torch.float32, device="cpu")
     shown = whole if job.cutout is None else _fit_mask(job.cutout, scale.size)
     regions = [_fit_mask(mask, scale.size) for mask in job.masks] or [whole]
     masks = _pad(torch.cat(regions) * shown)
@@ -2083,8 +2083,8 @@ def _check_type(name: str, value: object, kind: type, maker: str) -> None:
     if isinstance(value, kind):
         return
     if type(value).__name__ == kind.__name__:
-        problem = f"{name} was made before nst_helpers was reloaded"
-        raise ValueError(f"{problem}: make it anew, with {maker}.")
+        problem = f"{name} is from before nst_helpers was reloaded"
+        raise ValueError(f"{problem}: make config and network anew.")
     raise ValueError(f"{name} must come from {maker}, not {_shown(value)}.")
 
 

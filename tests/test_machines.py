@@ -508,7 +508,7 @@ def test_what_is_set_around_a_run_does_not_reach_into_it(tmp_path, around, setti
     assert torch.equal(step.image, expected)
 
 
-@pytest.mark.parametrize("name", ["StyleTransferConfig", "_FastVGG19"])
+@pytest.mark.parametrize("name", ["StyleTransferConfig", "VGG19Features"])
 def test_after_a_reload_the_error_says_so(monkeypatch, shallow, pair, name):
     monkeypatch.setattr(nst, name, type(name, (), {}))  # a new class of the same name
     with pytest.raises(ValueError, match=r"reloaded: make config and network anew\b"):
