@@ -1196,7 +1196,8 @@ _TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
 _TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
 _EASY_STYLE = 0.065  # the style loss left after the trial where the painting suits the photo
 _BALANCE_POWER = 2.2
-_MOST_BALANCE = 12.0
+_MOST_BALANCE = 8.0
+_FINEST_POWER = 0.5  # of the balance, at the finest size: there it would dull the paint
 
 # At the finest scale: the first block that is not looked at, and the layer for the content instead.
 _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
@@ -1206,14 +1207,16 @@ _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 class Scale:
     """One of the sizes that are painted, with its number of steps and its learning rate.
 
-    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. With
-    ``is_shallow``, only the first three blocks are looked at: see ``_layers_at``.
+    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. ``is_finest``:
+    it has the finest of several sizes. With ``is_shallow``, only the first three blocks are looked
+    at: see ``_layers_at``.
     """
 
     size: _Size
     steps: int
     lr: float
     strips: int = 0
+    is_finest: bool = False
     is_shallow: bool = False
 
     @property
@@ -1280,7 +1283,8 @@ def plan_scales(
     for number, size_here in enumerate(sizes):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        scales.append(Scale(size_here, steps[number], lr))
+        is_finest = finer_scales == 0 and len(sizes) > 1
+        scales.append(Scale(size_here, steps[number], lr, is_finest=is_finest))
     has_shallow = len(sizes) > 1 and config.optimizer == "lbfgs"
     deep = replace(scales[-1], steps=more_steps + (0 if has_shallow else steps[-1]))
     shallow = replace(scales[-1], steps=steps[-1] if has_shallow else 0, is_shallow=True)
@@ -1302,7 +1306,7 @@ class Job:
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
-    balance: what multiplies ``config.content_weight``, 1 to 12; ``None`` until ``_find_balance``
+    balance: what multiplies ``config.content_weight``, 1 to 8; ``None`` until ``_find_balance``
         has found it. ``paint`` takes ``None`` as 1.
     notes: what has gone wrong so far.
     """
@@ -1597,13 +1601,14 @@ def paint(job: Job) -> Iterator[Step]:
         scene = _set_scene(job, scale, photo, styles)
         canvas = _start_canvas(picture, photo, config)
         optimizer = _make_optimizer(job, scale, canvas, scene.limits)
+        balance = (job.balance or 1.0) ** (_FINEST_POWER if scale.is_finest else 1)
         last = number + scale.steps
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
                 seen = network.look(canvas, scene.content, scene.style, scene.guides, scale.strips)
                 # 2. How far is it from the photo, and from the style of the painting?
-                losses = _calculate_losses(config, scene, job.balance or 1.0, canvas, *seen)
+                losses = _calculate_losses(config, scene, balance, canvas, *seen)
                 # 3. Which way must each pixel change?
                 gradient = differentiator.gradient(losses["total"], canvas)
             if gradient is None:
@@ -1633,7 +1638,7 @@ def _plan_trial(job: Job) -> Job | None:
 
 
 def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> float:
-    """How many times as much the photo counts: 1 where the painting suits it, 12 at most.
+    """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
 
     Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
     swirls, which recur, are soon in place. What is left is what the painting has once, and the
@@ -3857,10 +3862,23 @@ def _leave_lesson_out(lines: list[str]) -> list[str]:
     return lines[1:] if get_ipython().user_ns.get("lesson", True) else []
 
 
+def _show_note(show: Callable[..., None], message: Any, category: Any, *place: Any) -> None:
+    """Show our own warnings as a plain line, and others as ``show`` does: red, with a path."""
+    if issubclass(category, StyleTransferWarning):
+        page = f'<div style="white-space: pre-wrap">Note: {html.escape(str(message))}</div>'
+        display({"text/html": page, "text/plain": f"Note: {message}"}, raw=True)
+    else:
+        show(message, category, *place)
+
+
 def set_up_notebook() -> None:
-    """Make this notebook's figures light (JPEG) and accessible (alt text), and know %%lesson."""
+    """Make this notebook's figures light (JPEG) and accessible (alt text), and know %%lesson.
+
+    The warnings of this module become plain lines.
+    """
     shell = get_ipython()
     if shell is not None:
+        warnings.showwarning = functools.partial(_show_note, warnings.showwarning)
         # Before IPython looks for a magic of that name.
         shell.input_transformers_cleanup.insert(0, _leave_lesson_out)
         # A small copy, for where a page takes no HTML.
