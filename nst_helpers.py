@@ -611,11 +611,14 @@ def resize(image: Tensor, size: _Size) -> Tensor:
     return resized.clamp(0, 1).to(image.device)
 
 
+def _shrunk_size(size: _Size, long_side: int) -> _Size:
+    factor = max(long_side / max(size), _SMALLEST_SIDE / min(size))
+    return _scaled(size, min(1, factor))
+
+
 def shrink_to(image: Tensor, long_side: int) -> Tensor:
     """The image with a long side of at most ``long_side`` and a short one of at least 16."""
-    size = _size_of(image)
-    factor = max(long_side / max(size), _SMALLEST_SIDE / min(size))
-    return resize(image, _scaled(size, factor)) if factor < 1 else image
+    return resize(image, _shrunk_size(_size_of(image), long_side))
 
 
 def _enlarge_softly(image: Tensor, size: _Size) -> Tensor:
@@ -1623,18 +1626,14 @@ def paint(job: Job) -> Iterator[Step]:
             yield Step(number, total_steps, progress, _finish(job, picture), losses, picture, job)
 
 
-def _plan_trial(job: Job) -> Job | None:
-    """A few steps with the style alone, at a small size; ``None`` where they would not pay."""
-    config = job.config
-    photo = shrink_to(job.content, _TRIAL_LONG_SIDE)
-    scale = Scale(_size_of(photo), _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
+def _plan_trial(job: Job) -> Scale | None:
+    """A few steps at a small size; ``None`` where they would not pay."""
+    config, size = job.config, _shrunk_size(_size_of(job.content), _TRIAL_LONG_SIDE)
+    scale = Scale(size, _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
     is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
     if not is_weighed or scale.work > _TRIAL_SHARE * sum(scale.work for scale in job.scales):
         return None
-    style_alone = replace(  # every other loss has a weight of 0
-        config, content_weight=0, tv_weight=0, scales=1, optimizer="lbfgs", init="content", noise=0
-    )
-    return replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
+    return scale
 
 
 def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> float:
@@ -1645,9 +1644,13 @@ def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> flo
     photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
     objects, unless these count more. ``run`` is what paints the trial.
     """
-    trial = _plan_trial(job)
-    if trial is None:
+    scale = _plan_trial(job)
+    if scale is None:
         return 1.0
+    photo = resize(job.content, scale.size)
+    plain = replace(job.config, scales=1, optimizer="lbfgs", init="content", noise=0)
+    style_alone = replace(plain, content_weight=0, tv_weight=0)  # and any other loss
+    trial = replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
     *_, last = run(trial)
     found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
     return min(max(1.0, found), _MOST_BALANCE)
@@ -2270,7 +2273,7 @@ def estimate(
     if seconds_per_pixel is None:
         seconds_per_pixel = _measure_seconds_per_pixel(job)
     trial = _plan_trial(job)
-    seconds = 0.0 if trial is None else trial.scales[0].work * seconds_per_pixel
+    seconds = 0.0 if trial is None else trial.work * seconds_per_pixel
     for scale in job.scales:
         pixels = scale.work + _padded_pixels(scale.size)  # one more look, for the targets
         slowdown = _SLOWDOWN[scale.strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
@@ -3834,7 +3837,8 @@ def paint_folder(
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
 
     def paint(photo: _Photo) -> Iterator[Step]:
-        content, cutout = load_painting(photo, config.max_size)
+        content, alpha = load_image(photo, config.max_size), _alpha_of(photo)
+        cutout = None if alpha is None else load_mask(alpha, config.max_size)
         given: Any = {"network": network, "visible": visible, "cutout": cutout}
         for step in stylize(content, style, config, **given):
             yield step

@@ -350,7 +350,10 @@ def test_whatever_fails_the_other_photos_are_painted(monkeypatch, photos, paint,
 def test_a_contact_sheet_that_fails_hides_nothing(monkeypatch, photos, paint, out):
     (photos / "b.webp").write_bytes(b"not one")
     monkeypatch.setattr(nst.ImageOps, "pad", fail(MemoryError()))
-    with pytest.warns(nst.StyleTransferWarning, match=r"(?s)b\.webp.*contact sheet.*MemoryError"):
+    with (
+        pytest.warns(nst.StyleTransferWarning, match="contact sheet.*MemoryError"),
+        pytest.warns(nst.StyleTransferWarning, match=r"b\.webp"),
+    ):
         files = paint(photos)
     assert [path is None for path in files.values()] == [False, False, True]
 

@@ -374,8 +374,8 @@ def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
     upload(panel, "painting", CUT_OUT)
     panel.controls["max_size"].value = 256
 
-    def estimate(photo, painting, config, network, *, visible, seconds_per_pixel):
-        assert (photo.shape, visible.shape) == ((1, 3, 171, 256), (1, 3, 40, 60))
+    def estimate(photo, painting, config, network, *, visible, cutout, seconds_per_pixel):
+        assert (photo.shape, visible.shape, cutout) == ((1, 3, 171, 256), (1, 3, 40, 60), None)
         assert (config, network, seconds_per_pixel) == (panel.config, panel.network, 1e-6)
         return nst.Estimate(83.0, 1.5e9, 7.25e9, 1e-6)
 
