@@ -3953,7 +3953,6 @@ _PANEL_CSS = """<style>
 .nst-panel { gap: 12px; }
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
-.nst-panel pre { word-break: normal !important; overflow-wrap: normal; }
 .nst-panel p { margin: 4px 0; }
 .nst-panel figure { display: inline-block; vertical-align: top; margin: 0 4px 0 0; }
 .nst-panel select { appearance: auto !important; background-image: none !important; }

@@ -271,7 +271,7 @@ def test_the_strength_slider_blends_its_link_downloads_the_blend_and_save_saves_
     assert len(pictures(person.project)) == len(before) + 1
     path, record = newest(person.project)
     assert path.read_bytes() == data
-    assert record["strength"] == pytest.approx(0.9)
+    assert record["strength"] == pytest.approx(0.95)
 
 
 def test_the_arrows_of_dropdowns_are_seen_in_the_dark(person):
@@ -299,7 +299,7 @@ def test_stop_keeps_the_picture_so_far(person):
     person.select("Quality", "best")
     person.page.set_viewport_size({"width": 1100, "height": 900})
     person.press("Paint")
-    line = person.panel.locator("pre", has_text=re.compile(r"\d% \|"))
+    line = person.panel.get_by_text(re.compile(r"^\s*\d+% \|"))
     line.wait_for(timeout=PATIENCE)
     assert line.evaluate(BROKEN_WORDS) == []
     person.page.set_viewport_size(VIEW)
