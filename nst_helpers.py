@@ -2909,7 +2909,9 @@ def _alpha_of(photo: _Source) -> Image.Image | None:
     sha256 = _sha256_of(photo)
     if sha256 is not None and sha256 in _ALPHA:
         return _ALPHA[sha256]
-    picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StyleTransferWarning)  # they came when it was loaded
+        picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
     alpha = picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
     _ALPHA.clear()
     if sha256 is not None:
