@@ -220,22 +220,6 @@ def low_strips(monkeypatch) -> None:
     monkeypatch.setattr(nst, "_STRIP_ROWS", 8)
 
 
-ARCHES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90a", "compute_90")
-
-
-@pytest.fixture
-def gpu(monkeypatch) -> dict:
-    """One NVIDIA GPU, as torch describes it; returns what a test may change about it."""
-    found = {"count": 1, "capability": (8, 0), "arches": ARCHES, "trial": lambda dtype: 576.0}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: found["count"] > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found["count"])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla Model 7")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(found["arches"]))
-    monkeypatch.setattr(nst, "_convolve", lambda device, dtype: found["trial"](dtype))
-    return found
-
-
 def random_vgg(modules: int) -> nn.Sequential:
     """The first so many of torchvision's modules, with random weights."""
     with torch.device("meta"):
