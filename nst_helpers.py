@@ -5,8 +5,9 @@ Networks" (CVPR 2016), called "the paper" below. Colours and regions follow Gaty
 "Controlling Perceptual Factors in Neural Style Transfer" (CVPR 2017). Wherever the code leaves
 the papers, the line says "Departure".
 
-Every name is defined before it is used, so the file reads from top to bottom. Part I is the whole
-method, needs nothing from the other three, and is what runs on every device.
+Every name is defined before it is used, so the file reads from top to bottom; names without an
+underscore are for users. Part I is the whole method, needs nothing from the other three, and is
+what runs on every device.
 
 I.   The method     losses, VGG19, images, colours and regions, settings, optimizers, the loop
 II.  The machine    device, precision, memory, time, recovery; ``stylize``
@@ -87,54 +88,6 @@ try:
     import pillow_heif
 except ImportError:  # some platforms have no wheel of it
     pillow_heif = None  # type: ignore[assignment]
-
-__all__ = [
-    "Estimate",
-    "Job",
-    "Panel",
-    "Scale",
-    "Statistics",
-    "Step",
-    "StyleTransferConfig",
-    "StyleTransferWarning",
-    "VGG19Features",
-    "Weights",
-    "autosave",
-    "before_and_after",
-    "blend_with_photo",
-    "calculate_content_loss",
-    "calculate_style_loss",
-    "choose_pictures",
-    "estimate",
-    "gram_matrix",
-    "live_view",
-    "load_image",
-    "load_mask",
-    "load_network",
-    "load_painting",
-    "match_colors",
-    "offer_download",
-    "paint",
-    "paint_folder",
-    "picture_tag",
-    "plan_scales",
-    "plot_losses",
-    "prepare_output_folder",
-    "read_record",
-    "read_settings",
-    "resize",
-    "save_image",
-    "save_timelapse",
-    "set_up_notebook",
-    "show_images",
-    "shrink_to",
-    "style_statistics",
-    "stylize",
-    "sweep",
-    "to_pil",
-    "total_variation_loss",
-    "watch",
-]
 
 
 class StyleTransferWarning(UserWarning):
@@ -282,14 +235,6 @@ def _covariance(statistics: Statistics, region: int) -> Tensor:
     return statistics.gram[region] - torch.outer(mean, mean)
 
 
-def _style_distance(found: Statistics, target: Statistics, region: int) -> Tensor:
-    least = _LEAST_COVARIANCE * target.gram[region].square().sum()
-    Ca = _covariance(target, region)
-    covariance = _relative_distance(_covariance(found, region), Ca, least)
-    mean = _relative_distance(found.mean[region], target.mean[region])
-    return covariance + mean
-
-
 def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = torch.zeros_like(values[0])
     for value, weight in zip(values, weights, strict=True):
@@ -323,10 +268,14 @@ def calculate_style_loss(
     _check_layers(generated, style)
     distances = []
     for layer, target in style.items():
-        regions = len(target.mean)
-        shares = region_shares or [1 / regions] * regions
-        found = generated[layer]
-        of_regions = [_style_distance(found, target, region) for region in range(regions)]
+        found, of_regions = generated[layer], []
+        for region in range(len(target.mean)):
+            least = _LEAST_COVARIANCE * target.gram[region].square().sum()
+            C, Ca = _covariance(found, region), _covariance(target, region)
+            of_covariance = _relative_distance(C, Ca, least)
+            of_mean = _relative_distance(found.mean[region], target.mean[region])
+            of_regions.append(of_covariance + of_mean)
+        shares = region_shares or [1 / len(of_regions)] * len(of_regions)
         distances.append(_weighted_sum(of_regions, shares))
     return _weighted_mean(distances, layer_weights or [1.0] * len(distances))
 
@@ -414,19 +363,6 @@ def _build_vgg19(layers: Collection[str], pooling: str) -> nn.Sequential:
     return chosen
 
 
-def _reduce_for_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for features that are 64 times smaller, in every layer.
-
-    A smaller first layer and smaller biases are enough: ReLUs and poolings pass a factor on, and
-    the losses, being relative, are unaffected.
-    """
-    reduced = dict(tensors)
-    for name, tensor in tensors.items():
-        if name == "conv1_1.weight" or name.endswith("bias"):
-            reduced[name] = tensor / _FLOAT16_REDUCTION
-    return reduced
-
-
 def _join_strips(parts: Sequence[Any], rows: Sequence[int]) -> Any:
     """Features one below the other; of statistics, which are means over rows, their mean."""
     if isinstance(parts[0], Tensor):
@@ -494,10 +430,14 @@ class VGG19Features(nn.Module):
         self.network = _build_vgg19(self.layers, pooling)
         names = [name for name, _ in self.network.named_children()]
         self.blocks = [list(block) for _, block in itertools.groupby(names, _block_of)]
-        is_half = dtype == torch.float16
-        tensors = _reduce_for_float16(weights.tensors) if is_half else weights.tensors
-        needed = {name: tensors[name] for name in self.network.state_dict()}
-        self.network.load_state_dict(needed, assign=True)
+        tensors = {name: weights.tensors[name] for name in self.network.state_dict()}
+        if dtype == torch.float16:
+            # Smaller features in every layer: ReLUs and poolings pass a factor on, and the losses,
+            # being relative, are unaffected.
+            for name, tensor in tensors.items():
+                if name == "conv1_1.weight" or name.endswith("bias"):
+                    tensors[name] = tensor / _FLOAT16_REDUCTION
+        self.network.load_state_dict(tensors, assign=True)
         self.requires_grad_(False).eval()
         self.to(dtype)
         self.to(memory_format=torch.channels_last)  # the fastest layout
@@ -641,11 +581,6 @@ def _pad(image: Tensor) -> Tensor:
     return nn.functional.pad(image, (_PADDING,) * 4, mode="reflect")
 
 
-def _crop(image: Tensor) -> Tensor:
-    """The image without its padding."""
-    return image[..., _PADDING:-_PADDING, _PADDING:-_PADDING]
-
-
 def _padded_pixels(size: _Size) -> int:
     height, width = size
     return (height + 2 * _PADDING) * (width + 2 * _PADDING)
@@ -780,23 +715,6 @@ def _fill_hidden(image: Tensor, visible: Tensor | None) -> Tensor:
     return mean.lerp(image, weight)
 
 
-def _shares_of(masks: Sequence[Tensor], photo: Tensor) -> list[Tensor]:
-    """How much each mask counts at each pixel of the photo, (1, 1, H, W); at most 1 together."""
-    fitted = [_fit_mask(mask, _size_of(photo)).to(photo) for mask in masks]
-    total = torch.stack(fitted).sum(0).clamp_min(1)
-    return [mask / total for mask in fitted]
-
-
-def _recolor(
-    photo: Tensor, part: Tensor, palettes: Sequence[Tensor], shares: Sequence[float | Tensor]
-) -> Tensor:
-    """The photo, of which a part counts, in the palettes of the paintings, each by its share."""
-    recolored = photo * (1 - sum(shares))  # what no share claims stays as it is
-    for palette, share in zip(palettes, shares, strict=True):
-        recolored = recolored + share * _match_palette(photo, part, palette)
-    return recolored.clamp(0, 1)
-
-
 # Settings -----------------------------------------------------------------------------------------
 
 _LARGEST_NUMBER = 2**63 - 1  # torch cannot hold larger ones
@@ -871,16 +789,14 @@ _Side = Annotated[int, Field(ge=_SMALLEST_SIDE, le=_LARGEST_NUMBER)]
 _FromZero = Annotated[float, Field(ge=0, le=_LARGEST_NUMBER, allow_inf_nan=False)]
 _AboveZero = Annotated[float, Field(gt=0, le=_LARGEST_NUMBER, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_FromJson = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 _Layers = Annotated[
     tuple[Literal[_LAYERS], ...],  # type: ignore[valid-type]
     _must_be("a tuple of different layers", lambda names: 0 < len(names) == len(set(names))),
-    BeforeValidator(lambda names: tuple(names) if isinstance(names, list) else names),  # from JSON
+    _FromJson,
 ]
-_Proportions = Annotated[
-    Annotated[tuple[_FromZero, ...], _must_be("a tuple of numbers, not all of them 0", any)]
-    | Literal["equal"],
-    BeforeValidator(lambda shares: tuple(shares) if isinstance(shares, list) else shares),
-]
+_Numbers = Annotated[tuple[_FromZero, ...], _must_be("a tuple of numbers, not all of them 0", any)]
+_Proportions = Annotated[_Numbers | Literal["equal"], _FromJson]
 _Weights = Annotated[
     str,
     _must_be("'auto', 'torchvision', 'bundled' or a path", bool),
@@ -1162,7 +1078,8 @@ class _Adam:
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
         """Move every pixel of the canvas a little downhill."""
-        lr = self._current_lr()
+        falling = (1 + math.cos(math.pi * self.steps_taken / self.steps)) / 2  # from 1 to 0
+        lr = self.lr * (_ADAM_LAST_LR + (1 - _ADAM_LAST_LR) * falling)
         self.steps_taken += 1
         beta1, beta2 = _ADAM_BETAS
         self.gradients.lerp_(gradient, 1 - beta1)
@@ -1173,11 +1090,6 @@ class _Adam:
         self.canvas -= lr * gradients / magnitude.clamp_min(_SMALLEST_NORM)
         self.canvas.clamp_(*self.limits)
         self.average.lerp_(self.canvas, 1 - _AVERAGE_DECAY)
-
-    def _current_lr(self) -> float:
-        share_done = self.steps_taken / self.steps
-        falling = (1 + math.cos(math.pi * share_done)) / 2  # from 1 to 0
-        return self.lr * (_ADAM_LAST_LR + (1 - _ADAM_LAST_LR) * falling)
 
 
 # Painting -----------------------------------------------------------------------------------------
@@ -1373,9 +1285,15 @@ def _match_palettes(job: Job) -> tuple[Tensor, list[Tensor]]:
     parts = [_visible_pixels(style, visible) for style, visible in seen]
     styles = [_fill_hidden(style, visible) for style, visible in seen]
     if color == "style":
-        weights = _blend_weights(job.config, len(styles))
-        shares = _shares_of(job.masks, job.content) if job.masks else weights
-        return _recolor(job.content, photo, parts, shares), styles
+        shares: Sequence[float | Tensor] = _blend_weights(job.config, len(styles))
+        if job.masks:
+            fitted = [_fit_mask(mask, _size_of(job.content)).to(photo) for mask in job.masks]
+            total = torch.stack(fitted).sum(0).clamp_min(1)
+            shares = [mask / total for mask in fitted]  # at most 1 together
+        recolored = job.content * (1 - sum(shares))  # what no mask claims stays as it is
+        for part, share in zip(parts, shares, strict=True):
+            recolored = recolored + share * _match_palette(job.content, photo, part)
+        return recolored.clamp(0, 1), styles
     photo = _channels(photo, color)
     of_photo = [
         match_colors(_channels(style, color), photo, _channels(part, color)).clamp(0, 1)
@@ -1618,7 +1536,8 @@ def paint(job: Job) -> Iterator[Step]:
                 continue  # float16 overflowed: the same again, with a smaller factor
             # 4. Move.
             optimizer.step(gradient)
-            picture = _crop(optimizer.image).clamp(0, 1)  # a copy: the canvas changes
+            without_padding = optimizer.image[..., _PADDING:-_PADDING, _PADDING:-_PADDING]
+            picture = without_padding.clamp(0, 1)  # a copy: the canvas changes
             number += 1
             work += _padded_pixels(scale.size)
             progress = job.progress + (1 - job.progress) * work / total_work
