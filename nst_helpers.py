@@ -1686,12 +1686,7 @@ _BYTES_OF_HISTORY = 136  # more, for L-BFGS
 _HALF_PRECISION_SHARE = 0.6  # of all of these but the last
 _SLOWDOWN = {0: 1.0, 1: 1.15, _ALL_BLOCKS: 2.2}  # by the number of blocks in strips
 _SHALLOW_SHARE = 0.65  # of a step's time, at a shallow scale
-_TRIAL_SIDES = {
-    "cpu": 192,
-    "cuda": 1024,
-    "xpu": 1024,
-    "mps": 512,
-}  # pixels of the picture that is timed
+_TRIAL_SIDES = {"cpu": 192, "cuda": 1024, "xpu": 1024, "mps": 512}  # of the picture that is timed
 _TRIAL_STEPS = 4
 _CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what groups of processes may use
 _OWN_GROUPS = Path("/proc/self/cgroup")  # and in which of them this process is

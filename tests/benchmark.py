@@ -58,10 +58,7 @@ def gram(features: torch.Tensor) -> torch.Tensor:
 
 def seconds_of_a_textbook_step(size: int) -> float:
     """The median of ten steps of the loop that a reader of the paper would write."""
-    weights = (1,) * len(FIVE_LAYERS)
-    config = replace(
-        CONFIG, style_layers=FIVE_LAYERS, style_layer_weights=weights, precision="float32"
-    )
+    config = replace(CONFIG, style_layers=FIVE_LAYERS, precision="float32")
     network = nst.load_network(config)
     network.to(memory_format=torch.contiguous_format)
     content, style = load(size)

@@ -1,6 +1,5 @@
 """Options: several paintings, regions, luminance, keep, memory, recovery, estimates, devices."""
 
-import functools
 import math
 import re
 import threading
@@ -300,26 +299,6 @@ def test_a_photo_too_large_for_the_memory_is_refused_with_the_largest_that_fits(
         nst.stylize(*pair, config, network=shallow)
 
 
-def test_glibc_is_asked_to_keep_freed_memory_and_a_gpu_to_return_it(monkeypatch):
-    asked = {"kept": True}
-    glibc = SimpleNamespace(mallopt=asked.__setitem__, malloc_trim=lambda pad: asked.pop("kept"))
-    monkeypatch.setattr(nst.sys, "platform", "linux")
-    monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: glibc)
-    emptied = []
-    for gpus in (torch.cuda, torch.xpu):
-        monkeypatch.setattr(gpus, "empty_cache", functools.partial(emptied.append, gpus))
-    nst._keep_freed_memory(True)
-    assert emptied == []
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
-    assert asked == {-4: 0, -1: 2**31 - 1, "kept": True}
-    nst._keep_freed_memory(False)
-    assert asked == {-4: 2**16, -1: 2**26, -3: 2**20}
-    assert emptied == [torch.cuda, torch.xpu]
-    monkeypatch.setattr(nst.sys, "platform", "win32")
-    monkeypatch.setattr(nst.ctypes, "CDLL", fail(OSError()))
-    nst._keep_freed_memory(True)
-
-
 # Recovery -----------------------------------------------------------------------------------------
 
 
@@ -508,8 +487,12 @@ def test_a_run_keeps_freed_memory_and_leaves_nothing_behind_however_it_ends(
     )
     monkeypatch.setattr(nst.sys, "platform", "linux")
     monkeypatch.setattr(nst.ctypes, "CDLL", lambda name: glibc)
+    emptied = []
+    for gpus in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(gpus, "empty_cache", partial(emptied.append, gpus))
     steps = nst.stylize(*pair, replace(SHALLOW, checkpoint=checkpoint), network=shallow)
     next(steps)
+    assert bool(emptied) == checkpoint
     assert asked == (RETURNED if checkpoint else KEPT)  # strips are for where memory is short
     asked.clear()
     if end == "finished":
@@ -521,6 +504,7 @@ def test_a_run_keeps_freed_memory_and_leaves_nothing_behind_however_it_ends(
         with pytest.raises(KeyboardInterrupt):
             next(steps)
     assert asked == RETURNED
+    assert emptied[-2:] == [torch.cuda, torch.xpu]
     monkeypatch.setattr(nst.sys, "platform", "win32")
     monkeypatch.setattr(nst.ctypes, "CDLL", fail(OSError()))  # other C libraries are left alone
     assert torch.equal(paint(*pair, shallow), expected)

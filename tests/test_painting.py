@@ -203,40 +203,44 @@ def test_darks_stay_as_dark_as_the_paintings_but_noise_is_not_amplified(shallow)
 # The balance --------------------------------------------------------------------------------------
 
 
-def balance_of(photo, painting, network, **settings):
-    config = replace(TINY, num_steps=60, scales="auto", **settings)
-    return next(nst.stylize(photo, painting, config, network=network)).job.balance
+@pytest.fixture(scope="module")
+def china(pictures):
+    return nst.shrink_to(pictures["china"], 96)
 
 
-def test_the_photo_counts_more_where_the_painting_does_not_suit_it(vgg, pictures):
-    photo = nst.shrink_to(pictures["china"], 96)
-    sheet = torch.full_like(photo, 0.95)
-    sheet[..., 20:40, 20:40] = 0.05  # what it has once
-    balance = partial(balance_of, photo, network=vgg)
-    suited, unsuited = balance(photo.flip(3)), balance(sheet)
-    assert 1 <= suited < unsuited / 2
-    assert unsuited <= 8
-    assert balance(sheet, content_weight=0) == balance(sheet, style_weight=0) == 1
-
-
-def test_the_balance_multiplies_the_weight_of_the_content(vgg, pictures):
-    photo = nst.shrink_to(pictures["china"], 96)
-    sheet = torch.full_like(photo, 0.95)
+@pytest.fixture(scope="module")
+def sheet(china):
+    """A white sheet with one dark mark: what a painting has once."""
+    sheet = torch.full_like(china, 0.95)
     sheet[..., 20:40, 20:40] = 0.05
-    config = replace(TINY, num_steps=60, scales="auto")
-    for step in itertools.islice(nst.stylize(photo, sheet, config, network=vgg), 3):
-        losses = step.losses
-        total = 5 * step.job.balance * losses["content"] + 100 * losses["style"]
-        assert losses["total"].item() == pytest.approx((total + 2 * losses["tv"]).item(), rel=1e-4)
+    return sheet
 
 
-def test_a_run_shorter_than_four_trials_and_one_of_one_size_go_without(vgg, pictures):
-    photo = nst.shrink_to(pictures["china"], 96)
-    sheet = torch.full_like(photo, 0.95)
-    sheet[..., 20:40, 20:40] = 0.05
-    for settings in ({"num_steps": 20}, {"num_steps": 60, "scales": 1}):
-        config = replace(TINY, **{"scales": "auto", **settings})
-        assert next(nst.stylize(photo, sheet, config, network=vgg)).job.balance == 1
+def first_step(photo, painting, network, **settings):
+    config = replace(TINY, **{"num_steps": 60, "scales": "auto", **settings})
+    return next(nst.stylize(photo, painting, config, network=network))
+
+
+def test_the_photo_counts_more_where_the_painting_does_not_suit_it(vgg, china, sheet):
+    suited, unsuited = (first_step(china, style, vgg) for style in (china.flip(3), sheet))
+    assert 1 <= suited.job.balance < unsuited.job.balance / 2
+    assert unsuited.job.balance <= 8
+    losses = unsuited.losses
+    total = 5 * unsuited.job.balance * losses["content"] + 100 * losses["style"]
+    assert losses["total"].item() == pytest.approx((total + 2 * losses["tv"]).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"content_weight": 0},
+        {"style_weight": 0},
+        {"num_steps": 20},  # fewer than four trials would take
+        {"scales": 1},
+    ],
+)
+def test_without_a_need_for_a_balance_there_is_no_trial(vgg, china, sheet, settings):
+    assert first_step(china, sheet, vgg, **settings).job.balance == 1
 
 
 # Optimizers ---------------------------------------------------------------------------------------
