@@ -481,16 +481,15 @@ def default_dtype(dtype):
 @pytest.mark.parametrize(
     "settings", [{"noise": 0.1}, {"color": "luminance", "optimizer": "adam", "checkpoint": True}]
 )
-def test_what_is_set_around_a_run_does_not_reach_into_it(tmp_path, around, settings):
-    def paint_file():
+def test_what_is_set_around_a_run_does_not_reach_into_it(tmp_path, shallow, around, settings):
+    def paint_file(network):
         config = replace(SHALLOW, num_steps=3, **settings)
-        network = nst.load_network(config)
         photo, painting = (nst.load_image(IMAGES / name, 32) for name in NAMES[:2])
         return last(nst.stylize(photo, painting, config, network=network, keep=photo))
 
-    expected = paint_file().image
+    expected = paint_file(shallow).image
     with around():
-        step = paint_file()
+        step = paint_file(nst.load_network(SHALLOW))
         nst.save_image(step, tmp_path)
     assert torch.equal(step.image, expected)
 

@@ -15,11 +15,11 @@ import nst_helpers as nst
 def test_its_code_runs(monkeypatch, tmp_path):
     (snippet,) = re.findall(r"```python\n(import nst_helpers.*?)```", README, re.DOTALL)
     assert "max_size=256" in snippet
-    small = snippet.replace("max_size=256", 'max_size=32, quality="quick", weights="bundled"')
+    small = 'max_size=32, quality="quick", num_steps=6, weights="bundled"'
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").symlink_to(ROOT / "images")
     names = {"dataclasses": dataclasses, "pathlib": pathlib}
-    exec(small, names)
+    exec(snippet.replace("max_size=256", small), names)
     nst.plt.close("all")
     assert (tmp_path / "outputs" / "sheet.png").is_file()
     assert len(list((tmp_path / "outputs").glob("stylized_output_*.png"))) == 1
