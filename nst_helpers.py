@@ -465,12 +465,12 @@ class VGG19Features(nn.Module):
         content_layers: Collection[str] = (),
         style_layers: Collection[str] = (),
         guides: _Features | None = None,
-        strips: int = 0,
+        blocks_in_strips: int = 0,
     ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
         """The features of an image in some layers, and its ``style_statistics`` in others.
 
-        The first ``strips`` blocks are computed strip by strip, and again for the gradient: with
-        all five, that takes a fraction of the memory and about twice the time.
+        The first ``blocks_in_strips`` blocks are computed strip by strip, and again for the
+        gradient: with all five, that takes a fraction of the memory and about twice the time.
         """
         layers = {*content_layers, *style_layers}
         # Guides need whole features. Otherwise statistics are made strip by strip, except in a
@@ -482,7 +482,7 @@ class VGG19Features(nn.Module):
         for number, block in enumerate(self.blocks[: _block_of(deepest)]):
             names = block[: block.index(deepest) + 1] if deepest in block else block
             compute = functools.partial(self._compute_block, names, layers, in_strips)
-            if number < strips:
+            if number < blocks_in_strips:
                 halo = sum(name.startswith("conv") for name in names)
                 outputs, x = _compute_in_strips(compute, x, halo)
             else:
@@ -1122,15 +1122,15 @@ _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 class Scale:
     """One of the sizes that are painted, with its number of steps and its learning rate.
 
-    ``strips`` says how many blocks of VGG19 are computed in strips to save memory. ``is_finest``:
-    it has the finest of several sizes. With ``is_shallow``, only the first three blocks are looked
-    at: see ``_layers_at``.
+    blocks_in_strips: how many blocks of VGG19 are computed in strips, to save memory.
+    is_finest: it has the finest of several sizes.
+    is_shallow: only the first three blocks are looked at: see ``_layers_at``.
     """
 
     size: _Size
     steps: int
     lr: float
-    strips: int = 0
+    blocks_in_strips: int = 0
     is_finest: bool = False
     is_shallow: bool = False
 
@@ -1419,7 +1419,7 @@ def _see_styles(
         if visible is not None:
             mask = _fit_mask(visible, _size_of(shrunk))
             guides = _make_guides(mask, layers, job.content.device)
-        _, statistics = job.network.look(shrunk, (), layers, guides, scale.strips)
+        _, statistics = job.network.look(shrunk, (), layers, guides, scale.blocks_in_strips)
         seen.append(statistics)
     weights = _blend_weights(job.config, len(styles))
     blend = functools.partial(_weighted_mean, weights=weights)
@@ -1434,7 +1434,7 @@ def _see_styles(
 def _set_scene(job: Job, scale: Scale, photo: Tensor, styles: Sequence[Tensor]) -> _Scene:
     """What the network sees in the photo, padded as the canvas is, and in the paintings."""
     layers, weights = _layers_at(scale, job.config)
-    features, _ = job.network.look(_pad(photo), layers, strips=scale.strips)
+    features, _ = job.network.look(_pad(photo), layers, blocks_in_strips=scale.blocks_in_strips)
     content_guides, guides, shares = None, None, None
     if job.cutout is not None:
         shown = _pad(_fit_mask(job.cutout, scale.size))
@@ -1461,7 +1461,7 @@ def _make_optimizer(job: Job, scale: Scale, canvas: Tensor, limits: _Limits) -> 
     if job.config.optimizer == "adam":
         return _Adam(canvas, scale.lr, scale.steps, limits)
     # Where strips save memory, this does too: bfloat16's 8 bits are enough for a history.
-    history_dtype = torch.bfloat16 if scale.strips > 0 else torch.float32
+    history_dtype = torch.bfloat16 if scale.blocks_in_strips > 0 else torch.float32
     return _LBFGS(canvas, scale.lr, limits, history_dtype)
 
 
@@ -1527,7 +1527,9 @@ def paint(job: Job) -> Iterator[Step]:
         while number < last:
             with torch.enable_grad():
                 # 1. Look at the canvas.
-                seen = network.look(canvas, scene.content, scene.style, scene.guides, scale.strips)
+                seen = network.look(
+                    canvas, scene.content, scene.style, scene.guides, scale.blocks_in_strips
+                )
                 # 2. How far is it from the photo, and from the style of the painting?
                 losses = _calculate_losses(config, scene, balance, canvas, *seen)
                 # 3. Which way must each pixel change?
@@ -1692,7 +1694,7 @@ _CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what groups of processes
 _OWN_GROUPS = Path("/proc/self/cgroup")  # and in which of them this process is
 
 
-def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
+def _bytes_needed(job: Job, size: _Size, blocks_in_strips: int) -> float:
     """The bytes that painting at ``size`` takes at its peak, above the start."""
     config = job.config
     pixels = float(_padded_pixels(size))
@@ -1700,8 +1702,8 @@ def _bytes_needed(job: Job, size: _Size, strips: int) -> float:
         shrink = min(config.supersampling, config.style_scale * max(size) / max(_size_of(style)))
         seen = style[0, 0].numel() * shrink**2
         pixels = max(pixels, seen / 2)  # without gradients, looking takes half
-    total = pixels * _BYTES[strips]
-    if strips == _ALL_BLOCKS:
+    total = pixels * _BYTES[blocks_in_strips]
+    if blocks_in_strips == _ALL_BLOCKS:
         total += min(pixels, _STRIP_ROWS * size[1]) * _BYTES_OF_STRIP
     looks = any(mask is not None for mask in job.visible) / 2  # half, without gradients
     regions = len(job.masks) or (job.cutout is not None)
@@ -1756,7 +1758,7 @@ def _check_memory(job: Job) -> None:
 
     def fits(long_side: int) -> bool:
         factor = long_side / max(_size_of(job.content))
-        return _bytes_needed(job, _scaled(finest.size, factor), finest.strips) <= free
+        return _bytes_needed(job, _scaled(finest.size, factor), finest.blocks_in_strips) <= free
 
     wanted = max(_size_of(job.content))
     if not fits(wanted):
@@ -1784,13 +1786,13 @@ def _fit_into_memory(job: Job) -> Job:
         long_side = max(scale.size)
         choices = [1 if long_side > result else 0] if is_cpu else [0, 1]
         if isinstance(checkpoint, bool):
-            strips = _ALL_BLOCKS if checkpoint else 0
+            blocks_in_strips = _ALL_BLOCKS if checkpoint else 0
         elif isinstance(checkpoint, int):
-            strips = _ALL_BLOCKS if long_side >= checkpoint else choices[0]
+            blocks_in_strips = _ALL_BLOCKS if long_side >= checkpoint else choices[0]
         else:
             fitting = [n for n in choices if _bytes_needed(job, scale.size, n) <= half_of_free]
-            strips = [*fitting, _ALL_BLOCKS][0]
-        scales.append(replace(scale, strips=strips))
+            blocks_in_strips = [*fitting, _ALL_BLOCKS][0]
+        scales.append(replace(scale, blocks_in_strips=blocks_in_strips))
     planned = replace(job, scales=scales)
     _check_memory(planned)
     return planned
@@ -1896,9 +1898,9 @@ def _in_less_memory(job: Job) -> Job:
     scale = job.scales[0]
     height, width = scale.size
     problem = f"Memory ran out at {width} x {height} pixels"
-    if scale.strips < _ALL_BLOCKS:
+    if scale.blocks_in_strips < _ALL_BLOCKS:
         note = f"{problem}: the run goes on in strips (checkpoint=True), which is slower."
-        scales = [replace(scale, strips=_ALL_BLOCKS) for scale in job.scales]
+        scales = [replace(scale, blocks_in_strips=_ALL_BLOCKS) for scale in job.scales]
         return replace(job, scales=scales, notes=(*job.notes, note))
     size = _scaled(scale.size, _SHRINK_AFTER_MEMORY)
     if min(size) < _SMALLEST_SIDE:
@@ -1936,7 +1938,7 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
     good: Step | None = None
     try:
         while True:
-            _keep_freed_memory(job.scales[-1].strips < _ALL_BLOCKS)
+            _keep_freed_memory(job.scales[-1].blocks_in_strips < _ALL_BLOCKS)
             try:
                 if job.balance is None:
                     job = replace(job, balance=_find_balance(job, _paint_in_turns))
@@ -2190,9 +2192,9 @@ def estimate(
     seconds = 0.0 if trial is None else trial.work * seconds_per_pixel
     for scale in job.scales:
         pixels = scale.work + _padded_pixels(scale.size)  # one more look, for the targets
-        slowdown = _SLOWDOWN[scale.strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
+        slowdown = _SLOWDOWN[scale.blocks_in_strips] * (_SHALLOW_SHARE if scale.is_shallow else 1)
         seconds += pixels * seconds_per_pixel * slowdown
-    memory = max(_bytes_needed(job, scale.size, scale.strips) for scale in job.scales)
+    memory = max(_bytes_needed(job, scale.size, scale.blocks_in_strips) for scale in job.scales)
     return Estimate(seconds, memory, _free_bytes(network.device), seconds_per_pixel)
 
 
@@ -2785,7 +2787,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     asked = _asked(job.config, network)
     checkpoint = job.config.checkpoint
     if not isinstance(checkpoint, bool):  # which scales were in strips depends on the free memory
-        in_strips = [max(s.size) for s in job.scales if s.strips == _ALL_BLOCKS]
+        in_strips = [max(s.size) for s in job.scales if s.blocks_in_strips == _ALL_BLOCKS]
         checkpoint = min(in_strips, default=max(job.scales[-1].size) + 1)
     settings = {
         **asked,

@@ -170,7 +170,7 @@ class Look(NamedTuple):
     content_layers: Collection[str] = ()
     style_layers: Collection[str] = ()
     guides: dict[str, torch.Tensor] | None = None
-    strips: int = 0
+    blocks_in_strips: int = 0
 
     @property
     def is_canvas(self) -> bool:

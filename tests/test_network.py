@@ -114,7 +114,9 @@ def photo(pictures) -> torch.Tensor:
 def test_strips_see_the_same_in_every_layer(pooling, size):
     network = nst.load_network(replace(TINY, pooling=pooling, content_layers=ALL_LAYERS))
     image = torch.rand(1, 3, *size)
-    whole, *in_strips = (network.look(image, ALL_LAYERS, strips=strips)[0] for strips in STRIPS)
+    whole, *in_strips = (
+        network.look(image, ALL_LAYERS, blocks_in_strips=strips)[0] for strips in STRIPS
+    )
     for layer in ALL_LAYERS:
         for found in in_strips:
             assert relative_error(found[layer], whole[layer]) < 1e-5, layer
@@ -166,7 +168,7 @@ def test_strips_keep_less_for_the_gradient(vgg, photo):
     for strips in STRIPS:
         sizes = []
         with note_kept(sizes):
-            vgg.look(photo.clone().requires_grad_(), (), TINY.style_layers, strips=strips)
+            vgg.look(photo.clone().requires_grad_(), (), TINY.style_layers, blocks_in_strips=strips)
         kept.append(sum(sizes))
     whole, first_in_strips, all_in_strips = kept
     assert first_in_strips * 1.25 < whole

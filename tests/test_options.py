@@ -237,8 +237,8 @@ def test_strips_are_used_where_they_are_asked_for_or_memory_is_short(
     looks = note_looks(monkeypatch)
     config = replace(TINY, quality=quality, checkpoint=checkpoint, num_steps=2)
     step = last(nst.stylize(*pair, config, network=vgg))
-    assert [scale.strips for scale in step.job.scales] == strips
-    assert [look.strips for look in looks if look.is_canvas] == strips
+    assert [scale.blocks_in_strips for scale in step.job.scales] == strips
+    assert [look.blocks_in_strips for look in looks if look.is_canvas] == strips
 
 
 def plain_photo(width, height=None):
@@ -337,7 +337,7 @@ def limit_memory(monkeypatch, is_too_much, in_steps=True):
 
     def see(asked, look):
         width = asked.image.shape[3] - 8
-        if asked.is_canvas is in_steps and is_too_much(width, asked.strips):
+        if asked.is_canvas is in_steps and is_too_much(width, asked.blocks_in_strips):
             raise MemoryError
         return look(*asked)
 
@@ -371,7 +371,7 @@ def test_out_of_memory_a_run_goes_on_in_strips(monkeypatch, shallow, pair, error
     with pytest.warns(nst.StyleTransferWarning, match=r"64 x 42.*checkpoint") as caught:
         steps = list(nst.stylize(*pair, replace(SHALLOW, scales=1), network=shallow))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert [step.job.scales[0].strips for step in steps] == [0, 0, 0, 5, 5, 5]
+    assert [step.job.scales[0].blocks_in_strips for step in steps] == [0, 0, 0, 5, 5, 5]
     assert steps[3].losses["total"] < steps[2].losses["total"]
     assert [step.job.notes for step in steps[2:4]] == [(), (str(ours(caught)[0].message),)]
 

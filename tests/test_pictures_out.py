@@ -633,7 +633,9 @@ def test_the_record_has_the_sha256_of_uploads_and_none_for_the_unknown(tmp_path,
 def test_the_record_says_which_scales_ran_in_strips(tmp_path, step, strips, checkpoint):
     """By the long side from which on they did: "auto" goes by the memory that is free then."""
     scale, sizes = step.job.scales[0], ((32, 48), (64, 96))
-    scales = [replace(scale, size=size, strips=n) for size, n in zip(sizes, strips, strict=True)]
+    scales = [
+        replace(scale, size=size, blocks_in_strips=n) for size, n in zip(sizes, strips, strict=True)
+    ]
     config = replace(step.job.config, checkpoint="auto")
     painted = replace(step, job=replace(step.job, scales=scales, config=config))
     assert nst.read_settings(nst.save_image(painted, tmp_path)).checkpoint == checkpoint
