@@ -17,7 +17,8 @@ IV.  The notebook   figures, live progress, and the panel that paints without co
 Terminology
 - content, style: the photo and the painting, as tensors. Image tensors are RGB, (1, 3, H, W), with
   values from 0 to 1.
-- size: (H, W), in pixels. A scale is one of the sizes that a run paints, from coarse to fine.
+- size: (H, W), in pixels.
+- scale: a size, with the steps taken there. A run paints from coarse to fine.
 - canvas: the pixels being optimised, at one scale, with a padded border.
 - picture: the canvas without its border. The result is the last picture, shrunk if it is larger.
 - step: one update of the canvas. A run is all the steps from the photo to the result.
@@ -143,7 +144,7 @@ class _SumsOverPositions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        ctx.save_for_backward(rows)  # (B, N, C): a row for each of N positions
+        ctx.save_for_backward(rows)  # Fᵀ, (B, N, C): a row for each of N positions
         found = [(part.mT @ part, part.sum(1)) for part in map(Tensor.float, _in_chunks(rows))]
         products, sums = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
         return products, sums
@@ -645,15 +646,15 @@ def _darkest(lightness: Tensor) -> Tensor:
     return values[: math.ceil(_DARKEST_SHARE * len(values))].mean()
 
 
-def _match_palette(photo: Tensor, part: Tensor, painting: Tensor) -> Tensor:
+def _match_palette(photo: Tensor, counted: Tensor, painting: Tensor) -> Tensor:
     """The photo in the colours of a painting, and with its darks as dark as the painting's.
 
     Departure: the covariance of a nearly white painting would make the photo's darks pale, though
     the painting has darks too, only few. So what is darker than the mean is darkened further.
-    Colours are measured in a part of the photo, (1, 3, h, w), which may be the photo itself.
+    Colours are measured in ``counted``, (1, 3, h, w), the pixels of the photo that are visible.
     """
-    matched = match_colors(photo, painting, part)
-    counted = matched if part is photo else match_colors(part, painting)
+    matched = match_colors(photo, painting, counted)
+    counted = match_colors(counted, painting)
     mean = counted.mean()
     reach = (mean - _darkest(counted.mean(1))).clamp_min(_SMALLEST_NORM)
     gain = ((mean - _darkest(painting.mean(1))) / reach).clamp(1, _MOST_GAIN)
@@ -693,7 +694,8 @@ def _make_guides(masks: Tensor, layers: Iterable[str], device: torch.device) -> 
         stride = 2 ** (_block_of(layer) - 1)  # each pool halves the sides
         size = [side // stride for side in _size_of(masks)]
         guide = nn.functional.interpolate(masks, size, mode="area")
-        guides[layer] = (guide / guide.square().mean((2, 3), keepdim=True).sqrt()).to(device)
+        norm = guide.square().mean((2, 3), keepdim=True).sqrt()
+        guides[layer] = (guide / norm.clamp_min(_SMALLEST_NORM)).to(device)
     return guides
 
 
@@ -942,7 +944,7 @@ _LEAST_FACTOR = 8.0**-6
 
 
 class _Differentiator:
-    """Gives the gradient of a loss; in float16, of the loss times a factor, so that it fits.
+    """Gives the gradient of a loss; in float16, computed times a factor at which it fits.
 
     As in torch's GradScaler, which needs an optimizer of torch's, the factor gets smaller after an
     overflow, and larger again after a number of steps without one.
@@ -954,18 +956,18 @@ class _Differentiator:
         self.steps = 0  # since the factor last changed
 
     def gradient(self, loss: Tensor, canvas: Tensor) -> Tensor | None:
-        """The gradient; ``None`` after an overflow, with a smaller factor from now on.
+        """numel() times the gradient; ``None`` after an overflow: a smaller factor counts then.
 
         The loss is a mean, so gradients shrink as the canvas grows; times numel() they survive half
-        precision. Raises ``FloatingPointError`` if the loss itself is a NaN or an infinity, or if
-        smaller factors do not help.
+        precision, and to the optimizers it means nothing. Raises ``FloatingPointError`` if the loss
+        itself is a NaN or an infinity, or if smaller factors do not help.
         """
         factor = self.factor
         (gradient,) = torch.autograd.grad(loss * (canvas.numel() * factor), canvas)
         # The one wait for a GPU in a step. Squares: the optimizers' dot products stay finite too.
-        size = gradient.square().sum() + loss
+        should_be_finite = gradient.square().sum() + loss
         self.steps += 1
-        if math.isfinite(size.item()):
+        if math.isfinite(should_be_finite.item()):
             if factor < 1 and self.steps == _STEPS_TO_GROW:
                 self.factor, self.steps = factor * _FACTOR_CHANGE, 0
             return gradient if factor == 1 else gradient / factor
@@ -1109,7 +1111,7 @@ _TRIAL_LONG_SIDE = 160  # pixels
 _BALANCE_STEPS = 11
 _TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
 _TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
-_EASY_STYLE = 0.065  # the style loss left after the trial where the painting suits the photo
+_EASY_STYLE = 0.065  # the style loss before its last step where the painting suits the photo
 _BALANCE_POWER = 2.2
 _MOST_BALANCE = 8.0
 _FINEST_POWER = 0.5  # of the balance, at the finest size: there it would dull the paint
@@ -1120,7 +1122,7 @@ _FIRST_DEEP_BLOCK, _SHALLOW_CONTENT_LAYER = 4, "relu3_1"
 
 @dataclass(frozen=True)
 class Scale:
-    """One of the sizes that are painted, with its number of steps and its learning rate.
+    """A size at which steps are taken, with their number and their learning rate.
 
     blocks_in_strips: how many blocks of VGG19 are computed in strips, to save memory.
     is_finest: it has the finest of several sizes.
@@ -1190,21 +1192,23 @@ def plan_scales(
     num_steps = _STEPS[config.quality] if config.num_steps == "auto" else config.num_steps
     sizes = _sizes_to_paint(size, num_steps, config, start)
     steps = _share_out(min(num_steps, _NORMAL_STEPS), len(sizes))
-    more_steps = num_steps - sum(steps)
-    if len(sizes) > 1:
-        steps[-2] += more_steps - more_steps // 2
-        more_steps //= 2
+    extra = num_steps - sum(steps)
     scales = []
-    for number, size_here in enumerate(sizes):
+    for number, (size_here, steps_here) in enumerate(zip(sizes, steps, strict=True)):
         finer_scales = len(sizes) - 1 - number
         lr = config.learning_rate * (1 + _LR_GROWTH * finer_scales)  # large shapes move further
-        is_finest = finer_scales == 0 and len(sizes) > 1
-        scales.append(Scale(size_here, steps[number], lr, is_finest=is_finest))
-    has_shallow = len(sizes) > 1 and config.optimizer == "lbfgs"
-    deep = replace(scales[-1], steps=more_steps + (0 if has_shallow else steps[-1]))
-    shallow = replace(scales[-1], steps=steps[-1] if has_shallow else 0, is_shallow=True)
-    scales = [*scales[:-1], deep, shallow]
-    return [scale for scale in scales if scale.steps > 0]  # with very few steps, some get none
+        if finer_scales == 1:
+            steps_here += extra - extra // 2
+        scales.append(Scale(size_here, steps_here, lr))
+    *coarser, finest = scales
+    if not coarser:
+        return [replace(finest, steps=num_steps)]
+    finest = replace(finest, is_finest=True)
+    if config.optimizer == "lbfgs":
+        ending = [replace(finest, steps=extra // 2), replace(finest, is_shallow=True)]
+    else:
+        ending = [replace(finest, steps=finest.steps + extra // 2)]
+    return [scale for scale in [*coarser, *ending] if scale.steps > 0]  # some may get none
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -1222,7 +1226,7 @@ class Job:
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
     balance: what multiplies ``config.content_weight``, 1 to 8; ``None`` until ``_find_balance``
-        has found it. ``paint`` takes ``None`` as 1.
+        has found it.
     notes: what has gone wrong so far.
     """
 
@@ -1280,26 +1284,26 @@ def _match_palettes(job: Job) -> tuple[Tensor, list[Tensor]]:
     With masks, each painting's palette goes where its mask is white.
     """
     color = job.config.color
-    photo = _visible_pixels(job.content, job.cutout)
-    seen = list(itertools.zip_longest(job.styles, job.visible))
-    parts = [_visible_pixels(style, visible) for style, visible in seen]
-    styles = [_fill_hidden(style, visible) for style, visible in seen]
+    photo_pixels = _visible_pixels(job.content, job.cutout)
+    paintings = list(itertools.zip_longest(job.styles, job.visible))
+    painting_pixels = [_visible_pixels(style, visible) for style, visible in paintings]
+    styles = [_fill_hidden(style, visible) for style, visible in paintings]
     if color == "style":
         shares: Sequence[float | Tensor] = _blend_weights(job.config, len(styles))
         if job.masks:
-            fitted = [_fit_mask(mask, _size_of(job.content)).to(photo) for mask in job.masks]
+            fitted = [_fit_mask(mask, _size_of(job.content)).to(job.content) for mask in job.masks]
             total = torch.stack(fitted).sum(0).clamp_min(1)
             shares = [mask / total for mask in fitted]  # at most 1 together
         recolored = job.content * (1 - sum(shares))  # what no mask claims stays as it is
-        for part, share in zip(parts, shares, strict=True):
-            recolored = recolored + share * _match_palette(job.content, photo, part)
+        for pixels, share in zip(painting_pixels, shares, strict=True):
+            recolored = recolored + share * _match_palette(job.content, photo_pixels, pixels)
         return recolored.clamp(0, 1), styles
-    photo = _channels(photo, color)
-    of_photo = [
-        match_colors(_channels(style, color), photo, _channels(part, color)).clamp(0, 1)
-        for style, part in zip(styles, parts, strict=True)
+    target = _channels(photo_pixels, color)
+    recolored_styles = [
+        match_colors(_channels(style, color), target, _channels(pixels, color)).clamp(0, 1)
+        for style, pixels in zip(styles, painting_pixels, strict=True)
     ]
-    return job.content, of_photo
+    return job.content, recolored_styles
 
 
 def _enlarge_for_supersampling(style: Tensor, size: _Size, config: StyleTransferConfig) -> Tensor:
@@ -1356,9 +1360,9 @@ def _layers_at(
     """The content layers, and {style layer: its weight}; if shallow, of the first three blocks.
 
     Departure: the finest of several scales is shallow. The coarser ones have settled what deeper
-    layers see, and without those, half as many steps again take the same time. relu3_1 then
-    takes the place of the content layers. Its steps are few: many steps without deep layers would
-    make the grain too strong. Adam needs deep layers all the time.
+    layers see, and without those, half as many steps again fit into the same time. relu3_1 then
+    takes the place of the content layers. Too many such steps would make the grain too strong.
+    Adam needs deep layers all the time.
     """
     equal = [1.0] * len(config.style_layers)
     weights = equal if config.style_layer_weights == "equal" else config.style_layer_weights
@@ -1399,7 +1403,7 @@ def _make_regions(
     if not job.masks:
         return guides, [1.0]  # all paintings together
     blend = _blend_weights(job.config, len(job.masks))
-    paintings_used = sum(weight > 0 for weight in blend)  # equal weights count once each
+    paintings_used = sum(weight > 0 for weight in blend)  # so that equal weights are 1 each
     areas = (masks.square().mean((1, 2, 3)) / _pad(shown).square().mean()).tolist()
     return guides, [w * paintings_used * area for w, area in zip(blend, areas, strict=True)]
 
@@ -1433,14 +1437,15 @@ def _see_styles(
 
 def _set_scene(job: Job, scale: Scale, photo: Tensor, styles: Sequence[Tensor]) -> _Scene:
     """What the network sees in the photo, padded as the canvas is, and in the paintings."""
-    layers, weights = _layers_at(scale, job.config)
-    features, _ = job.network.look(_pad(photo), layers, blocks_in_strips=scale.blocks_in_strips)
+    content_layers, style_weights = _layers_at(scale, job.config)
+    blocks_in_strips = scale.blocks_in_strips
+    features, _ = job.network.look(_pad(photo), content_layers, blocks_in_strips=blocks_in_strips)
     content_guides, guides, shares = None, None, None
     if job.cutout is not None:
         shown = _pad(_fit_mask(job.cutout, scale.size))
-        content_guides = _make_guides(shown, layers, job.content.device)
+        content_guides = _make_guides(shown, content_layers, job.content.device)
     if job.masks or job.cutout is not None:
-        guides, shares = _make_regions(job, scale, weights)
+        guides, shares = _make_regions(job, scale, style_weights.keys())
     limits: _Limits = (0.0, 1.0)
     if job.config.color == "luminance":
         darkest, lightest = _luminance_limits(resize(job.content, scale.size))
@@ -1448,8 +1453,8 @@ def _set_scene(job: Job, scale: Scale, photo: Tensor, styles: Sequence[Tensor]) 
     return _Scene(
         content=features,
         content_guides=content_guides,
-        style=_see_styles(job, scale, styles, weights),
-        layer_weights=list(weights.values()),
+        style=_see_styles(job, scale, styles, style_weights.keys()),
+        layer_weights=list(style_weights.values()),
         guides=guides,
         region_shares=shares,
         limits=limits,
@@ -1503,12 +1508,8 @@ def _finish(job: Job, picture: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def paint(job: Job) -> Iterator[Step]:
-    """The method: optimise the pixels of a picture, from coarse to fine. Yields each step.
-
-    If memory runs out, an error ends this loop, and ``_with_fallbacks``, in part II, begins it
-    again from the last good step: with VGG19 computed in strips, or else at half the pixels.
-    """
+def _paint_scales(job: Job) -> Iterator[Step]:
+    """Optimise the pixels of a picture, from coarse to fine. Yields each step."""
     config, network = job.config, job.network
     content, styles = _match_palettes(job)
     styles = [_enlarge_for_supersampling(style, _size_of(content), config) for style in styles]
@@ -1557,13 +1558,13 @@ def _plan_trial(job: Job) -> Scale | None:
     return scale
 
 
-def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> float:
+def _find_balance(job: Job) -> float:
     """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
 
     Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
     swirls, which recur, are soon in place. What is left is what the painting has once, and the
     photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
-    objects, unless these count more. ``run`` is what paints the trial.
+    objects, unless these count more.
     """
     scale = _plan_trial(job)
     if scale is None:
@@ -1572,9 +1573,21 @@ def _find_balance(job: Job, run: Callable[[Job], Iterator[Step]] = paint) -> flo
     plain = replace(job.config, scales=1, optimizer="lbfgs", init="content", noise=0)
     style_alone = replace(plain, content_weight=0, tv_weight=0)  # and any other loss
     trial = replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
-    *_, last = run(trial)
+    *_, last = _paint_scales(trial)
     found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
     return min(max(1.0, found), _MOST_BALANCE)
+
+
+def paint(job: Job) -> Iterator[Step]:
+    """The whole method: find how much the photo counts, then paint. Yields each step.
+
+    If memory runs out, an error ends this, and ``_with_fallbacks``, in part II, calls it again
+    to go on from the last good picture: with VGG19 computed in strips, or else at half the pixels.
+    The optimizer starts afresh there, as at each scale.
+    """
+    if job.balance is None:
+        job = replace(job, balance=_find_balance(job))
+    yield from _paint_scales(job)
 
 
 # ==================================================================================================
@@ -1864,8 +1877,9 @@ def _paint_in_turns(job: Job) -> Iterator[Step]:
 
 def _what_is_left(job: Job, good: Step | None) -> Job:
     """The job after its last good step, if it has had one."""
-    if good is None or good.job is not job:
+    if good is None:
         return job
+    job = good.job  # which has its balance
     to_skip = good.number - job.steps_done
     scales = []
     for scale in job.scales:
@@ -1940,8 +1954,6 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
         while True:
             _keep_freed_memory(job.scales[-1].blocks_in_strips < _ALL_BLOCKS)
             try:
-                if job.balance is None:
-                    job = replace(job, balance=_find_balance(job, _paint_in_turns))
                 for step in _paint_in_turns(job):
                     good = step
                     yield step
@@ -1953,6 +1965,7 @@ def _with_fallbacks(job: Job) -> Iterator[Step]:
                     raise
                 job = _in_less_memory(_what_is_left(job, good))
             # The error is gone by now, and with it the memory that its traceback held.
+            good = None
             _warn(job.notes[-1])
     finally:
         _keep_freed_memory(False)

@@ -168,6 +168,15 @@ def test_keep_may_have_another_size_and_counts_by_the_mean_of_its_channels(shall
     assert_close(paint(*pair, shallow, keep=red), expected, 1e-6)
 
 
+def test_a_painting_may_go_where_the_photo_is_hidden(shallow, trio):
+    photo, one, other = trio
+    left, right = halves(photo)
+    config = replace(SHALLOW, num_steps=2)
+    given = {"network": shallow, "masks": [left, right], "cutout": left}
+    steps = list(nst.stylize(photo, [one, other], config, **given))
+    assert all(step.losses["total"].isfinite() for step in steps)
+
+
 @pytest.mark.parametrize("color", ["style", "content", "luminance"])
 def test_what_is_hidden_of_a_painting_counts_neither_in_style_nor_in_colours(shallow, pair, color):
     photo, painting = pair
