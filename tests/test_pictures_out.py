@@ -4,20 +4,13 @@ import hashlib
 import io
 import json
 import re
-import signal
-import subprocess
-import sys
 import threading
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, NO_SPACE, ROOT, SHALLOW, encoded, fail, half_mask, last, record_in
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 import nst_helpers as nst
@@ -56,35 +49,23 @@ def test_colours_are_clamped_and_rounded():
     assert nst.to_pil(image).getpixel((0, 0)) == (0, 128, 255)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(16, 70), st.integers(16, 70), st.integers(0, 2**32 - 1))
-def test_a_picture_survives_saving_and_loading_bit_for_bit(tmp_path_factory, width, height, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = nst.load_image(Image.fromarray(pixels))
-    assert np.array_equal(np.asarray(nst.to_pil(image)), pixels)
-    path = nst.save_image(image, tmp_path_factory.mktemp("out"))
-    assert torch.equal(nst.load_image(path), image)
-
-
-@pytest.mark.usefixtures("one_second")
-def test_no_other_file_is_overwritten(tmp_path):
-    folder = tmp_path / "new" / "folder"
-    paths = [nst.save_image(grey(level), folder) for level in range(3)]
-    assert [path.name for path in paths] == [f"{NOW}.png", f"{NOW}_2.png", f"{NOW}_3.png"]
-    assert sorted(folder.iterdir()) == sorted(paths)  # and no draft
-    for level, path in enumerate(paths):
-        assert torch.equal(nst.load_image(path), grey(level))
+def test_a_picture_survives_saving_and_loading_bit_for_bit(tmp_path):
+    image = torch.randint(0, 256, (1, 3, 33, 47)) / 255
+    assert torch.equal(nst.load_image(nst.save_image(image, tmp_path)), image)
 
 
 @pytest.mark.usefixtures("one_second")
 def test_threads_that_save_in_the_same_second_keep_all_pictures(tmp_path):
+    folder = tmp_path / "new" / "folder"
     images = [grey(level) for level in range(16)]
-    threads = [threading.Thread(target=nst.save_image, args=(image, tmp_path)) for image in images]
+    threads = [threading.Thread(target=nst.save_image, args=(image, folder)) for image in images]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    saved = sorted(nst.load_image(path).mean().item() for path in tmp_path.iterdir())
+    names = [f"{NOW}.png", *(f"{NOW}_{number}.png" for number in range(2, 17))]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    saved = sorted(nst.load_image(path).mean().item() for path in folder.iterdir())
     assert saved == pytest.approx([level / 255 for level in range(16)])
 
 
@@ -111,15 +92,11 @@ def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, metho
     assert list(folder.iterdir()) == []
 
 
-def test_a_name_of_a_file_is_no_picture(tmp_path):
-    with pytest.raises(ValueError, match="picture"):
-        nst.save_image("china.jpg", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("folder", ["out.png", "OUT.JPG", "https://example.org/out"])
-def test_files_and_addresses_are_no_folders(monkeypatch, tmp_path, folder):
+def test_names_of_files_and_addresses_are_refused(monkeypatch, tmp_path, folder):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="picture"):
+        nst.save_image(folder, tmp_path)
     for write in (nst.prepare_output_folder, lambda folder: nst.save_image(grey(7), folder)):
         with pytest.raises(ValueError, match=f"folder .*{folder}"):
             write(folder)
@@ -137,29 +114,25 @@ def test_a_folder_is_taken_as_people_paste_it(monkeypatch, tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    "folder", ["drive/MyDrive/out", "gdrive/My Drive", "drive/Shareddrives/a", "{}/drive/MyDrive"]
+    "folder",
+    [
+        "drive/MyDrive/out",
+        "gdrive/My Drive",
+        "{}/drive/Shareddrives/a",
+        "/content/drive",
+        "/content/gdrive/x",
+    ],
 )
-def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path, folder):
+def test_a_folder_in_a_google_drive_that_is_not_mounted_is_refused(monkeypatch, tmp_path, folder):
     monkeypatch.chdir(tmp_path)
-    folder = folder.format(tmp_path)
     with pytest.raises(OSError, match="mount"):
-        nst.prepare_output_folder(folder)
+        nst.prepare_output_folder(folder.format(tmp_path))
     assert list(tmp_path.iterdir()) == []
-    mounts = (str(tmp_path / "drive"), str(tmp_path / "gdrive"))
-    monkeypatch.setattr(nst.os.path, "ismount", lambda path: str(path) in mounts)
-    assert nst.prepare_output_folder(folder).is_dir()
 
 
-@pytest.mark.parametrize(
-    "folder", ["/content/drive", "/content/drive/x", "/content/gdrive/MyDrive"]
-)
-def test_colabs_drive_is_known_by_its_place(folder):
-    with pytest.raises(OSError, match="mount"):
-        nst.prepare_output_folder(folder)
-
-
-@pytest.mark.parametrize("name", ["content/drive_results", "drive/results", "MyDrive"])
-def test_other_folders_are_not_taken_for_drive(tmp_path, name):
+@pytest.mark.parametrize("name", ["content/drive_results", "drive/results", "gdrive/MyDrive/out"])
+def test_other_folders_and_a_drive_that_is_mounted_are_written_to(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(nst.os.path, "ismount", lambda path: path == str(tmp_path / "gdrive"))
     assert nst.prepare_output_folder(tmp_path / name) == tmp_path / name
 
 
@@ -206,9 +179,9 @@ def test_the_photo_is_decoded_once_for_many_saves(monkeypatch, tmp_path):
 
 
 def test_a_picture_is_saved_even_if_its_photo_is_gone(tmp_path, step):
-    gone = tmp_path / "gone.png"
+    gone, picture = tmp_path / "gone.png", Image.new("RGB", (20, 30), "red")
     with pytest.warns(nst.StyleTransferWarning, match=r"gone\.png"):
-        path = nst.save_image(step, tmp_path / "out", photo=gone, paintings=[gone])
+        path = nst.save_image(step, tmp_path / "out", photo=gone, paintings=[picture])
     assert nst.load_image(path).shape == step.image.shape
     record = record_in(path)
     assert (record["photo"], record["paintings"]) == (None, [None])
@@ -323,14 +296,7 @@ def test_the_resolution_is_written_in_dots_per_inch(tmp_path, step, format):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("format", "JPG"),
-        ("format", None),
-        ("dpi", 0),
-        ("dpi", 70_000),
-        ("dpi", "300"),
-        ("keep_exif", True),  # of which photo?
-    ],
+    [("format", "JPG"), ("format", None), ("dpi", 0), ("dpi", 70_000), ("keep_exif", True)],
 )
 def test_other_formats_and_resolutions_are_refused(tmp_path, step, name, value):
     with pytest.raises(ValueError, match=f"{name} .*{value!r}"):
@@ -348,12 +314,8 @@ def test_a_webp_is_as_transparent_as_the_photo_and_a_jpeg_white_there(tmp_path):
     with Image.open(path) as saved:
         levels = [saved.getpixel((x, 10))[0] for x in (5, 25)]
     assert levels == pytest.approx([255, 0], abs=4)
-
-
-def test_a_jpeg_of_an_opaque_photo_with_alpha_is_saved_without_a_warning(tmp_path):
-    photo = encoded(Image.new("RGBA", (60, 40), "red"))
-    with Image.open(nst.save_image(grey(9), tmp_path, photo=photo, format="jpeg")) as saved:
-        assert saved.mode == "RGB"
+    opaque = encoded(Image.new("RGBA", (60, 40), "red"))
+    nst.save_image(black, tmp_path, photo=opaque, format="jpeg")  # without a warning
 
 
 @pytest.mark.parametrize(
@@ -385,8 +347,6 @@ def test_a_name_that_is_no_files_is_refused(tmp_path, name):
 def test_a_file_can_be_named(tmp_path):
     path = nst.save_image(grey(9), tmp_path, name="lion 100%d")
     assert path.name == "lion 100%d_20261122_101112.png"
-    path = nst.save_image(grey(9), tmp_path, photo=SOURCES[0], paintings=SOURCES[1:2])
-    assert path.name == f"{SOURCES[0].stem}_in_{SOURCES[1].stem}_20261122_101112.png"
     long = nst.save_image(grey(9), tmp_path, name="x" * 200)
     assert long.name == f"{'x' * 200}_20261122_101112.png"
 
@@ -427,30 +387,6 @@ def test_a_timelapse_of_no_pictures_is_refused(tmp_path):
 
 
 # A copy on disk during the run --------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import nst_helpers as nst
-config = nst.StyleTransferConfig(weights="bundled", max_size=64, num_steps=10**6, scales=1)
-photo, painting = (nst.load_image(path, config.max_size) for path in sys.argv[1:3])
-for step in nst.autosave(nst.stylize(photo, painting, config), sys.argv[3]):
-    print(step.number, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_its_latest_picture(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, *map(str, SOURCES), str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout:
-            if int(line) == 3:
-                run.kill()
-    assert run.returncode == -signal.SIGKILL
-    (path,) = tmp_path.iterdir()
-    assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.partial\.png", path.name)
-    assert nst.load_image(path).std() > 0.05
-    assert nst.read_settings(path).num_steps == 10**6
-    assert record_in(path)["finished"] is False
 
 
 @pytest.fixture
@@ -524,7 +460,6 @@ def test_the_settings_in_a_png_give_the_same_picture_again(tmp_path):
 def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     path = nst.save_image(step, tmp_path, photo=SOURCES[0], paintings=SOURCES[1:])
     record = record_in(path)
-    assert record == nst.read_record(path) == nst.read_record(path.read_bytes())
     assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
     assert record["settings"] | record["asked"] == {**record["settings"], "checkpoint": "auto"}
     assert record["strength"] == 1
@@ -536,16 +471,6 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     assert record["weights"] == {"source": "bundled", "sha256": shallow.sha256}
     assert record["packages"]["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(record)
-
-
-def test_the_record_has_the_sha256_of_uploads_and_none_for_the_unknown(tmp_path, step):
-    picture = Image.new("RGB", (20, 30), "red")
-    data = SOURCES[0].read_bytes()
-    record = record_in(nst.save_image(step, tmp_path, photo=data, paintings=[picture]))
-    assert record["photo"] == sha256(SOURCES[0])
-    assert record["paintings"] == [None]
-    record = record_in(nst.save_image(step, tmp_path))
-    assert (record["photo"], record["paintings"]) == (None, [None])
 
 
 @pytest.mark.parametrize(
@@ -568,17 +493,15 @@ def test_settings_of_a_picture_that_is_blended_say_so(tmp_path, step, pair):
         nst.read_settings(path)
 
 
-def test_an_older_record_is_read_too(step):
-    settings = asdict(IN_A_RUN)
-    old = {"settings": settings, "asked": settings, "own_pictures": ["keep"]}
-    for notes, strength in (([], 1), (["strength 0.25"], 0.25)):
-        data = png_with(json.dumps({**old, "notes": notes}))
-        assert nst.read_record(data)["strength"] == strength
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert nst.read_settings(data) == IN_A_RUN
-        assert len(caught) == (1 if strength == 1 else 2)
-        assert "keep" in str(caught[0].message)
+@pytest.mark.parametrize(("notes", "strength"), [([], 1), (["strength 0.25"], 0.25)])
+def test_an_older_record_is_read_too(notes, strength):
+    old = {"settings": asdict(IN_A_RUN), "own_pictures": ["keep"], "notes": notes}
+    data = png_with(json.dumps(old))
+    assert nst.read_record(data)["strength"] == strength
+    with pytest.warns(nst.StyleTransferWarning) as caught:
+        assert nst.read_settings(data) == IN_A_RUN
+    assert len(caught) == (1 if strength == 1 else 2)
+    assert "keep" in str(caught[0].message)
 
 
 def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
@@ -589,6 +512,7 @@ def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
     chosen = [record["settings"][name] for name in names]
     assert chosen == ["float32", "cpu", "bundled", max(first.job.scales[-1].size) + 1, 52]
     assert (record["step"], record["finished"]) == (1, False)
+    assert (record["photo"], record["paintings"]) == (None, [None])
 
 
 def test_given_settings_replace_those_in_the_file(tmp_path, step):

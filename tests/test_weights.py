@@ -1,8 +1,10 @@
 """Weights: the bundled ones, torchvision's from the cache or by download, and files."""
 
+import functools
 import hashlib
 import http.server
 import os
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,6 @@ from torch import nn
 import nst_helpers as nst
 
 MODULES = 7  # of torchvision's, down to relu2_1, the deepest layer of SHALLOW
-NOWHERE = "http://127.0.0.1:9"  # where nobody listens
 
 # The mean activations of the bundled network, measured when it was first read.
 MEASURED = {"relu1_1": 23.4, "relu2_1": 130.4, "relu3_1": 135.6, "relu4_1": 519, "relu5_1": 48.1}
@@ -32,38 +33,26 @@ def good(tmp_path_factory) -> bytes:
 def published(monkeypatch, tmp_path, good) -> Path:
     """Where ``good`` belongs in torch's cache, which is empty; nothing can be downloaded."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(nst, "_TORCHVISION_URL", f"{NOWHERE}/vgg19.pth")
+    monkeypatch.setattr(nst, "_TORCHVISION_URL", "http://127.0.0.1:9/vgg19.pth")
     monkeypatch.setattr(nst, "_TORCHVISION_SHA256", hashlib.sha256(good).hexdigest())
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder / "vgg19.pth"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers every request with the server's ``data``."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(self.server.length))
-        self.end_headers()
-        self.wfile.write(self.server.data)
-        self.server.may_close.wait(60)
-
-
 @pytest.fixture
-def server(monkeypatch, published, good):
-    """A server from which ``good`` can be downloaded."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.data, running.length = good, len(good)
-        running.may_close = threading.Event()
-        running.may_close.set()
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        url = f"http://127.0.0.1:{running.server_port}/{published.name}"
+def served(monkeypatch, tmp_path, published, good) -> Path:
+    """The file that can be downloaded, which is ``good``."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}/{published.name}"
         monkeypatch.setattr(nst, "_TORCHVISION_URL", url)
-        yield running
-        running.may_close.set()
-        running.shutdown()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        path = tmp_path / published.name
+        path.write_bytes(good)
+        yield path
+        server.shutdown()
         thread.join()
 
 
@@ -140,24 +129,34 @@ def test_weights_in_the_cache_are_used_without_the_network(published, good, weig
     assert_good(load(weights), "torchvision", good)
 
 
-@pytest.mark.parametrize("weights", ["auto", "torchvision"])
-def test_a_download_is_kept_in_the_cache_and_used(server, published, good, weights):
-    published.parent.rmdir()  # a new machine has no cache at all
-    assert_good(load(weights), "torchvision", good)
+@pytest.mark.parametrize("kind", ["missing", *KINDS])
+@pytest.mark.usefixtures("served")
+def test_missing_and_damaged_weights_are_downloaded_into_the_cache(published, good, kind):
+    if kind == "missing":
+        published.parent.rmdir()  # a new machine has no cache at all
+    else:
+        published.write_bytes(damaged(kind, good))
+    assert_good(load("auto"), "torchvision", good)
     assert [*published.parent.iterdir()] == [published]
     assert published.read_bytes() == good
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "stalls"])
-def test_a_download_that_fails_is_not_kept(monkeypatch, server, published, good, kind):
-    if kind == "stalls":
-        monkeypatch.setattr(nst, "_STALL_SECONDS", 0.2)
-        server.may_close.clear()
-    server.data = damaged("cut off" if kind == "stalls" else kind, good)
-    reason = "timed out" if kind == "stalls" else ""
-    with pytest.raises(ConnectionError, match=f"{nst._TORCHVISION_URL}.*{reason}"):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_download_is_refused_and_not_kept(served, published, good, kind):
+    served.write_bytes(damaged(kind, good))
+    with pytest.raises(ConnectionError, match=nst._TORCHVISION_URL):
         load("torchvision")
     assert [*published.parent.iterdir()] == []
+
+
+@pytest.mark.usefixtures("published")
+def test_a_download_that_stalls_is_given_up(monkeypatch):
+    monkeypatch.setattr(nst, "_STALL_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/vgg19.pth"
+        monkeypatch.setattr(nst, "_TORCHVISION_URL", url)
+        with pytest.raises(ConnectionError, match="timed out"):
+            load("torchvision")
 
 
 @pytest.mark.usefixtures("published")
@@ -169,14 +168,6 @@ def test_weights_that_cannot_be_downloaded_are_replaced_only_with_auto():
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
     with pytest.raises(ConnectionError, match=nst._TORCHVISION_URL):
         load("torchvision")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("server")
-def test_damaged_weights_in_the_cache_are_replaced_by_a_download(published, good, kind):
-    published.write_bytes(damaged(kind, good))
-    assert_good(load("torchvision"), "torchvision", good)
-    assert published.read_bytes() == good
 
 
 # Files --------------------------------------------------------------------------------------------
