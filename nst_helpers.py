@@ -2857,23 +2857,20 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
-def _find_alpha(photo: bytes | Image.Image | np.ndarray) -> Image.Image | None:
+@functools.lru_cache(maxsize=1)  # the panel asks again at each move of Strength
+def _find_alpha(photo: Any) -> Image.Image | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StyleTransferWarning)  # they came when it was loaded
         picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
     return picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
 
 
-# For it is asked for again at each move of the panel's Strength.
-_find_alpha_in_file = functools.lru_cache(maxsize=1)(_find_alpha)
-
-
 def _alpha_of(photo: _Source) -> Image.Image | None:
     """The transparency of a photo, mode L; ``None`` if it has none."""
     if isinstance(photo, (Image.Image, np.ndarray)):
-        return _find_alpha(photo)
+        return _find_alpha.__wrapped__(photo)  # which cannot be remembered
     with _open_file(photo) as file:
-        return _find_alpha_in_file(file.read())
+        return _find_alpha(file.read())
 
 
 def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Image.Image:
@@ -2983,8 +2980,7 @@ def _folder_of(folder: str | os.PathLike) -> Path:
     """The folder that is meant, as for a picture; ``OSError`` for a Drive that is not mounted."""
     place = _place_of(folder)
     path = Path(place)
-    is_file = path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.is_dir()
-    if is_file or _ADDRESS.match(place):
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") or _ADDRESS.match(place):
         raise ValueError(f"folder must be a folder, not a file or an address, '{_brief(place)}'.")
     drive = _DRIVE.match(path.absolute().as_posix())
     if drive is not None and not os.path.ismount(drive[1]):
@@ -3121,19 +3117,17 @@ def read_record(source: _File) -> dict[str, Any]:
     pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
-    name, file = _name_of(source), _open_file(source)
-    try:
+    file, record = _open_file(source), None
+    with contextlib.suppress(Exception):  # a hostile file can make Pillow and json raise anything
         with file, Image.open(file, formats=[*_EXTENSIONS]) as picture:
             if picture.format == "PNG":  # its EXIF may follow the pixels
-                text = picture.info.get(_RECORD_KEY)
+                text = picture.info[_RECORD_KEY]
             else:
                 details = picture.getexif().get_ifd(ExifTags.IFD.Exif)
-                text = details.get(ExifTags.Base.UserComment, b"").removeprefix(_COMMENT_CODE)
-        record = json.loads(text or "null")
-    except Exception as error:  # a hostile file can make Pillow and json raise anything
-        raise ValueError(f"{name} is not a file of save_image ({type(error).__name__}).") from error
+                text = details[ExifTags.Base.UserComment].removeprefix(_COMMENT_CODE)
+        record = json.loads(text)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{name} has no record of how it was made.")
+        raise ValueError(f"{_name_of(source)} has no record of how it was made.")
     if "strength" not in record:  # it was a note once
         found = re.search(r"\bstrength (\d[\d.]*(?:e-\d+)?)'", str(record.get("notes")))
         record["strength"] = 1.0 if found is None else float(found[1])

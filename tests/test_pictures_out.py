@@ -262,6 +262,12 @@ def test_nothing_of_the_photos_exif_is_kept_unless_asked_for(tmp_path, step, for
         assert saved.getexif().get_ifd(GPS) == {}
 
 
+def test_nothing_is_kept_of_a_photo_without_exif(tmp_path, step):
+    photo = encoded(Image.new("RGB", (60, 40)))
+    with Image.open(nst.save_image(step, tmp_path, photo=photo, keep_exif=True)) as saved:
+        assert dict(saved.getexif()) == {}
+
+
 def test_exif_of_a_very_large_photo_is_kept(monkeypatch, tmp_path, step):
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the photo has more than twice that
@@ -608,6 +614,7 @@ NO_RECORDS = {
 
 
 @pytest.mark.parametrize("data", NO_RECORDS.values(), ids=NO_RECORDS)
-def test_a_file_without_a_record_is_refused(data):
-    with pytest.raises(ValueError, match="the uploaded picture"):
+def test_a_file_without_a_record_is_refused_before_it_is_decoded(monkeypatch, data):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail(KeyboardInterrupt("it was decoded")))
+    with pytest.raises(ValueError, match="the uploaded picture has no record"):
         nst.read_settings(data)
