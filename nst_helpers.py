@@ -3084,28 +3084,31 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     return _write_new_file(file.getvalue(), folder, "webp")
 
 
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # on Windows, another program may have it open
+            path.unlink()
+
+
 def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> Iterator[Step]:
     """Pass on the steps, and keep the latest picture on disk until the run ends well.
 
     It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old. If the disk is
-    full, a ``StyleTransferWarning`` says so once, and the run goes on.
+    full, a ``StyleTransferWarning`` says so once, and the run goes on without renewing it.
     """
-    partials: list[Path] = []  # at most one, but while it is renewed
+    partials: list[Path] = []  # all but the last should be gone
     due = 0.0  # when to save again
     for step in steps:
         if time.monotonic() >= due:
             due = time.monotonic() + 20
             try:
                 partials.append(_write_new_file(_encode(step), folder, "partial.png"))
-                while len(partials) > 1:
-                    partials.pop(0).unlink(missing_ok=True)
+                _remove(partials[:-1])
             except OSError as error:
                 _warn(f"The run goes on without its latest picture on disk. {error}")
                 due = math.inf
         yield step
-    for partial in partials:
-        with contextlib.suppress(OSError):  # on Windows, another program may have it open
-            partial.unlink()
+    _remove(partials)
 
 
 def read_record(source: _File) -> dict[str, Any]:
