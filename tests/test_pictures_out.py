@@ -1,24 +1,16 @@
 """Pictures out: saved whole or not at all, and a PNG that remembers how it was painted."""
 
-import errno
 import hashlib
 import io
 import json
 import re
-import signal
-import subprocess
-import sys
 import threading
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, NO_SPACE, ROOT, SHALLOW, encoded, fail, half_mask, last, record_in
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 import nst_helpers as nst
@@ -57,44 +49,40 @@ def test_colours_are_clamped_and_rounded():
     assert nst.to_pil(image).getpixel((0, 0)) == (0, 128, 255)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(16, 70), st.integers(16, 70), st.integers(0, 2**32 - 1))
-def test_a_picture_survives_saving_and_loading_bit_for_bit(tmp_path_factory, width, height, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = nst.load_image(Image.fromarray(pixels))
-    assert np.array_equal(np.asarray(nst.to_pil(image)), pixels)
-    path = nst.save_image(image, tmp_path_factory.mktemp("out"))
-    assert torch.equal(nst.load_image(path), image)
-
-
-@pytest.mark.usefixtures("one_second")
-def test_no_other_file_is_overwritten(tmp_path):
-    folder = tmp_path / "new" / "folder"
-    paths = [nst.save_image(grey(level), folder) for level in range(3)]
-    assert [path.name for path in paths] == [f"{NOW}.png", f"{NOW}_2.png", f"{NOW}_3.png"]
-    assert sorted(folder.iterdir()) == sorted(paths)  # and no draft
-    for level, path in enumerate(paths):
-        assert torch.equal(nst.load_image(path), grey(level))
+def test_a_picture_survives_saving_and_loading_bit_for_bit(tmp_path):
+    image = torch.randint(0, 256, (1, 3, 33, 47)) / 255
+    assert torch.equal(nst.load_image(nst.save_image(image, tmp_path)), image)
 
 
 @pytest.mark.usefixtures("one_second")
 def test_threads_that_save_in_the_same_second_keep_all_pictures(tmp_path):
+    folder = tmp_path / "new" / "folder"
     images = [grey(level) for level in range(16)]
-    threads = [threading.Thread(target=nst.save_image, args=(image, tmp_path)) for image in images]
+    threads = [threading.Thread(target=nst.save_image, args=(image, folder)) for image in images]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    saved = sorted(nst.load_image(path).mean().item() for path in tmp_path.iterdir())
+    names = [f"{NOW}.png", *(f"{NOW}_{number}.png" for number in range(2, 17))]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    saved = sorted(nst.load_image(path).mean().item() for path in folder.iterdir())
     assert saved == pytest.approx([level / 255 for level in range(16)])
 
 
-@pytest.mark.parametrize("method", ["mkdir", "open", "write_bytes", "replace"])
-def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, method):
+class FullDisk(io.FileIO):
+    """A file on a disk that has room for ten bytes."""
+
+    def write(self, data):
+        super().write(data[:10])
+        raise NO_SPACE
+
+
+@pytest.mark.parametrize(("method", "broken"), [("mkdir", fail(NO_SPACE)), ("open", FullDisk)])
+def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, method, broken):
     folder = tmp_path / "full"
     for write in (nst.prepare_output_folder, lambda folder: nst.save_image(step, folder)):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, method, fail(NO_SPACE))
+            patch.setattr(Path, method, lambda *args, **options: broken(*args))
             with pytest.raises(OSError, match=NO_SPACE.strerror) as error:
                 write(folder)
         assert str(folder) in str(error.value)
@@ -104,89 +92,14 @@ def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, metho
     assert list(folder.iterdir()) == []
 
 
-def test_names_of_files_are_refused_as_pictures_and_as_folders(tmp_path, pair):
+@pytest.mark.parametrize("folder", ["out.png", "OUT.JPG", "https://example.org/out"])
+def test_names_of_files_and_addresses_are_refused(monkeypatch, tmp_path, folder):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="picture"):
-        nst.save_image("china.jpg", tmp_path)
-    with pytest.raises(ValueError, match=r"folder .*out\.png"):
-        nst.save_image(pair[0], tmp_path / "out.png")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """A list that gets how long was waited for a lock, instead of the waiting."""
-    seconds: list[float] = []
-    monkeypatch.setattr(nst.time, "sleep", seconds.append)
-    return seconds
-
-
-def fail_at_first(monkeypatch, times: int, error: OSError) -> None:
-    """Let ``Path.replace`` fail so many times."""
-    move, failed = Path.replace, []
-
-    def replace_later(self, target):
-        if len(failed) < times:
-            failed.append(target)
-            raise error
-        return move(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace_later)
-
-
-@pytest.mark.usefixtures("one_second")
-@pytest.mark.parametrize("times", [1, 2, 99])
-def test_a_lock_loses_no_picture(monkeypatch, tmp_path, waits, times):
-    """Of an instant, as a virus scanner's, or one that stays."""
-    fail_at_first(monkeypatch, times, PermissionError(errno.EACCES, "Permission denied"))
-    path = nst.save_image(grey(7), tmp_path)
-    assert [*tmp_path.iterdir()] == [path]
-    assert path.name == f"{NOW}.png"
-    assert torch.equal(nst.load_image(path), grey(7))
-    assert len(waits) == min(times, 3)
-    assert 0 < sum(waits) < 1
-
-
-@pytest.mark.usefixtures("one_second", "waits")
-def test_beside_a_file_that_stays_locked_the_picture_gets_another_name(monkeypatch, tmp_path):
-    locked = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(Path, "replace", fail(locked))
-    unlink = Path.unlink
-
-    def unlink_others(self, **options):
-        if self.name == f"{NOW}.png":
-            raise locked
-        unlink(self, **options)
-
-    monkeypatch.setattr(Path, "unlink", unlink_others)
-    path = nst.save_image(grey(7), tmp_path)
-    assert path.name == f"{NOW}_2.png"
-    assert torch.equal(nst.load_image(path), grey(7))
-
-
-@pytest.mark.usefixtures("one_second")
-@pytest.mark.parametrize("number", ["ENOSYS", "EPERM", "ENOTSUP"])
-def test_a_folder_that_cannot_rename_is_written_to(monkeypatch, tmp_path, waits, number):
-    fail_at_first(monkeypatch, 99, OSError(getattr(errno, number), "Not supported"))
-    assert nst.prepare_output_folder(tmp_path) == tmp_path
-    paths = [nst.save_image(grey(level), tmp_path) for level in (7, 8)]
-    assert [path.name for path in paths] == [f"{NOW}.png", f"{NOW}_2.png"]
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
-    assert torch.equal(nst.load_image(paths[1]), grey(8))
-    assert waits == []
-
-
-def test_a_full_disk_leaves_no_part_where_nothing_can_be_renamed(monkeypatch, tmp_path):
-    class Full(io.FileIO):
-        def write(self, data):
-            if len(data) > 0:
-                super().write(data[:10])
-                raise NO_SPACE
-            return 0
-
-    fail_at_first(monkeypatch, 99, OSError(errno.ENOSYS, "Not supported"))
-    monkeypatch.setattr(Path, "open", lambda self, mode: Full(self, mode))
-    with pytest.raises(OSError, match=NO_SPACE.strerror):
-        nst.save_image(grey(7), tmp_path)
+        nst.save_image(folder, tmp_path)
+    for write in (nst.prepare_output_folder, lambda folder: nst.save_image(grey(7), folder)):
+        with pytest.raises(ValueError, match=f"folder .*{folder}"):
+            write(folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,30 +114,25 @@ def test_a_folder_is_taken_as_people_paste_it(monkeypatch, tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    "folder", ["drive/MyDrive/out", "gdrive/My Drive", "drive/Shareddrives/a", "{}/drive/MyDrive"]
+    "folder",
+    [
+        "drive/MyDrive/out",
+        "gdrive/My Drive",
+        "{}/drive/Shareddrives/a",
+        "/content/drive",
+        "/content/gdrive/x",
+    ],
 )
-def test_a_folder_in_google_drive_is_refused_until_it_is_mounted(monkeypatch, tmp_path, folder):
+def test_a_folder_in_a_google_drive_that_is_not_mounted_is_refused(monkeypatch, tmp_path, folder):
     monkeypatch.chdir(tmp_path)
-    folder = folder.format(tmp_path)
-    for write in (nst.prepare_output_folder, lambda folder: nst.save_image(grey(7), folder)):
-        with pytest.raises(OSError, match="mount"):
-            write(folder)
-    assert list(tmp_path.iterdir()) == []
-    mounts = (str(tmp_path / "drive"), str(tmp_path / "gdrive"))
-    monkeypatch.setattr(nst.os.path, "ismount", lambda path: str(path) in mounts)
-    assert nst.prepare_output_folder(folder).is_dir()
-
-
-@pytest.mark.parametrize(
-    "folder", ["/content/drive", "/content/drive/x", "/content/gdrive/MyDrive"]
-)
-def test_colabs_drive_is_known_by_its_place(folder):
     with pytest.raises(OSError, match="mount"):
-        nst.prepare_output_folder(folder)
+        nst.prepare_output_folder(folder.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["content/drive_results", "drive/results", "MyDrive"])
-def test_other_folders_are_not_taken_for_drive(tmp_path, name):
+@pytest.mark.parametrize("name", ["content/drive_results", "drive/results", "gdrive/MyDrive/out"])
+def test_other_folders_and_a_drive_that_is_mounted_are_written_to(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(nst.os.path, "ismount", lambda path: path == str(tmp_path / "gdrive"))
     assert nst.prepare_output_folder(tmp_path / name) == tmp_path / name
 
 
@@ -271,9 +179,9 @@ def test_the_photo_is_decoded_once_for_many_saves(monkeypatch, tmp_path):
 
 
 def test_a_picture_is_saved_even_if_its_photo_is_gone(tmp_path, step):
-    gone = tmp_path / "gone.png"
+    gone, picture = tmp_path / "gone.png", Image.new("RGB", (20, 30), "red")
     with pytest.warns(nst.StyleTransferWarning, match=r"gone\.png"):
-        path = nst.save_image(step, tmp_path / "out", photo=gone, paintings=[gone])
+        path = nst.save_image(step, tmp_path / "out", photo=gone, paintings=[picture])
     assert nst.load_image(path).shape == step.image.shape
     record = record_in(path)
     assert (record["photo"], record["paintings"]) == (None, [None])
@@ -306,8 +214,6 @@ def photo_with_exif(kind: str = "JPEG", **more) -> bytes:
 def test_every_format_holds_the_picture_and_its_settings(tmp_path, step, format):
     path = nst.save_image(step, tmp_path, format=format)
     assert path.suffix == f".{FORMATS[format]}"
-    with Image.open(path) as saved:
-        assert saved.format == format.upper()
     assert (nst.load_image(path) - step.image).abs().mean() < (0.003 if format == "png" else 0.02)
     if format != "png":
         assert b"\x92\x86\0\7" in path.read_bytes()  # UserComment, undefined, as EXIF has it
@@ -317,21 +223,16 @@ def test_every_format_holds_the_picture_and_its_settings(tmp_path, step, format)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_says_that_it_is_srgb(tmp_path, step, format):
-    path = nst.save_image(step, tmp_path, format=format)
-    with Image.open(path) as saved:
-        profile = saved.info.get("icc_profile")
-        assert format != "png" or saved.info["srgb"] == 0
-    if format != "png":
-        assert len(profile) < 1000
-        opened = ImageCms.getOpenProfile(io.BytesIO(profile))
-        assert "sRGB" in ImageCms.getProfileDescription(opened)
-
-
-def test_a_jpeg_keeps_the_colour_of_every_pixel(tmp_path):
-    path = nst.save_image(grey(128), tmp_path, format="jpeg")
-    with Image.open(path) as saved:
-        assert [component[1:3] for component in saved.layer] == [(1, 1)] * 3  # not subsampled
+def test_every_format_says_that_it_is_srgb(tmp_path, format):
+    with Image.open(nst.save_image(grey(128), tmp_path, format=format)) as saved:
+        assert saved.format == format.upper()
+        if format == "png":
+            assert saved.info["srgb"] == 0
+        else:
+            opened = ImageCms.getOpenProfile(io.BytesIO(saved.info["icc_profile"]))
+            assert "sRGB" in ImageCms.getProfileDescription(opened)
+        if format == "jpeg":  # it keeps the colour of every pixel
+            assert [component[1:3] for component in saved.layer] == [(1, 1)] * 3
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -361,18 +262,18 @@ def test_nothing_of_the_photos_exif_is_kept_unless_asked_for(tmp_path, step, for
         assert saved.getexif().get_ifd(GPS) == {}
 
 
+def test_nothing_is_kept_of_a_photo_without_exif(tmp_path, step):
+    photo = encoded(Image.new("RGB", (60, 40)))
+    with Image.open(nst.save_image(step, tmp_path, photo=photo, keep_exif=True)) as saved:
+        assert dict(saved.getexif()) == {}
+
+
 def test_exif_of_a_very_large_photo_is_kept(monkeypatch, tmp_path, step):
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the photo has more than twice that
-        patch.setattr(nst, "_ALPHA", {})
         path = nst.save_image(step, tmp_path, photo=photo_with_exif(), keep_exif=True)
     with Image.open(path) as saved:
         assert saved.getexif()[ExifTags.Base.Make] == "Maker"
-
-
-def test_exif_can_only_be_kept_where_there_is_a_photo(tmp_path, step):
-    with pytest.raises(ValueError, match=r"keep_exif .*True"):
-        nst.save_image(step, tmp_path, keep_exif=True)
 
 
 BAD_EXIF = {
@@ -401,21 +302,12 @@ def test_the_resolution_is_written_in_dots_per_inch(tmp_path, step, format):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format", "JPG"), ("format", None), ("dpi", 0), ("dpi", 70_000), ("dpi", "300")],
+    [("format", "JPG"), ("format", None), ("dpi", 0), ("dpi", 70_000), ("keep_exif", True)],
 )
 def test_other_formats_and_resolutions_are_refused(tmp_path, step, name, value):
     with pytest.raises(ValueError, match=f"{name} .*{value!r}"):
         nst.save_image(step, tmp_path, **{name: value})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("format", "limit"), [("jpeg", 65_500), ("webp", 16_383)])
-def test_a_picture_too_long_for_its_format_is_refused(tmp_path, format, limit):
-    longest = nst.save_image(torch.zeros(1, 3, 16, limit), tmp_path, format=format)
-    with Image.open(longest) as saved:
-        assert saved.size == (limit, 16)
-    with pytest.raises(ValueError, match=f"format .*{format}.* {limit + 1}"):
-        nst.save_image(torch.zeros(1, 3, 16, limit + 1), tmp_path, format=format)
 
 
 def test_a_webp_is_as_transparent_as_the_photo_and_a_jpeg_white_there(tmp_path):
@@ -428,12 +320,8 @@ def test_a_webp_is_as_transparent_as_the_photo_and_a_jpeg_white_there(tmp_path):
     with Image.open(path) as saved:
         levels = [saved.getpixel((x, 10))[0] for x in (5, 25)]
     assert levels == pytest.approx([255, 0], abs=4)
-
-
-def test_a_jpeg_of_an_opaque_photo_with_alpha_is_saved_without_a_warning(tmp_path):
-    photo = encoded(Image.new("RGBA", (60, 40), "red"))
-    with Image.open(nst.save_image(grey(9), tmp_path, photo=photo, format="jpeg")) as saved:
-        assert saved.mode == "RGB"
+    opaque = encoded(Image.new("RGBA", (60, 40), "red"))
+    nst.save_image(black, tmp_path, photo=opaque, format="jpeg")  # without a warning
 
 
 @pytest.mark.parametrize(
@@ -453,7 +341,7 @@ def test_a_result_is_named_after_its_pictures(photo, paintings, beginning):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", r"a\b", "a:b", "..", ".x", "", "x" * 300, "é" * 150, "a\nb", 7]
+    "name", ["../x", "a/b", r"a\b", "a:b", "..", ".x", "", "x" * 300, "é" * 150, "a\nb"]
 )
 def test_a_name_that_is_no_files_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="name must be"):
@@ -465,8 +353,6 @@ def test_a_name_that_is_no_files_is_refused(tmp_path, name):
 def test_a_file_can_be_named(tmp_path):
     path = nst.save_image(grey(9), tmp_path, name="lion 100%d")
     assert path.name == "lion 100%d_20261122_101112.png"
-    path = nst.save_image(grey(9), tmp_path, photo=SOURCES[0], paintings=SOURCES[1:2])
-    assert path.name == f"{SOURCES[0].stem}_in_{SOURCES[1].stem}_20261122_101112.png"
     long = nst.save_image(grey(9), tmp_path, name="x" * 200)
     assert long.name == f"{'x' * 200}_20261122_101112.png"
 
@@ -507,30 +393,6 @@ def test_a_timelapse_of_no_pictures_is_refused(tmp_path):
 
 
 # A copy on disk during the run --------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import nst_helpers as nst
-config = nst.StyleTransferConfig(weights="bundled", max_size=64, num_steps=10**6, scales=1)
-photo, painting = (nst.load_image(path, config.max_size) for path in sys.argv[1:3])
-for step in nst.autosave(nst.stylize(photo, painting, config), sys.argv[3]):
-    print(step.number, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_its_latest_picture(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, *map(str, SOURCES), str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout:
-            if int(line) == 3:
-                run.kill()
-    assert run.returncode == -signal.SIGKILL
-    (path,) = tmp_path.iterdir()
-    assert re.fullmatch(r"stylized_output_\d{8}_\d{6}\.partial\.png", path.name)
-    assert nst.load_image(path).std() > 0.05
-    assert nst.read_settings(path).num_steps == 10**6
-    assert record_in(path)["finished"] is False
 
 
 @pytest.fixture
@@ -574,7 +436,7 @@ def test_a_run_goes_on_when_the_disk_is_full_with_one_warning(monkeypatch, clock
     next(steps)
     (first_copy,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail(NO_SPACE))
+        patch.setattr(Path, "open", fail(NO_SPACE))
         clock[0] += 21
         with pytest.warns(nst.StyleTransferWarning, match=NO_SPACE.strerror):
             assert next(steps).number == 2
@@ -593,7 +455,8 @@ def repaint(config: nst.StyleTransferConfig) -> nst.Step:
 
 
 def test_the_settings_in_a_png_give_the_same_picture_again(tmp_path):
-    config = replace(IN_A_RUN, max_size=72, noise=0.1, seed=7, color="content", checkpoint=False)
+    settings = {"max_size": 72, "noise": 0.1, "seed": 7, "color": "content", "checkpoint": False}
+    config = replace(IN_A_RUN, **settings, style_blend=(1 / 3,))
     step = repaint(config)
     again = nst.read_settings(nst.save_image(step, tmp_path))
     assert again == config
@@ -603,7 +466,6 @@ def test_the_settings_in_a_png_give_the_same_picture_again(tmp_path):
 def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     path = nst.save_image(step, tmp_path, photo=SOURCES[0], paintings=SOURCES[1:])
     record = record_in(path)
-    assert record == nst.read_record(path) == nst.read_record(path.read_bytes())
     assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
     assert record["settings"] | record["asked"] == {**record["settings"], "checkpoint": "auto"}
     assert record["strength"] == 1
@@ -615,16 +477,6 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     assert record["weights"] == {"source": "bundled", "sha256": shallow.sha256}
     assert record["packages"]["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(record)
-
-
-def test_the_record_has_the_sha256_of_uploads_and_none_for_the_unknown(tmp_path, step):
-    picture = Image.new("RGB", (20, 30), "red")
-    data = SOURCES[0].read_bytes()
-    record = record_in(nst.save_image(step, tmp_path, photo=data, paintings=[picture]))
-    assert record["photo"] == sha256(SOURCES[0])
-    assert record["paintings"] == [None]
-    record = record_in(nst.save_image(step, tmp_path))
-    assert (record["photo"], record["paintings"]) == (None, [None])
 
 
 @pytest.mark.parametrize(
@@ -641,26 +493,23 @@ def test_the_record_says_which_scales_ran_in_strips(tmp_path, step, strips, chec
     assert nst.read_settings(nst.save_image(painted, tmp_path)).checkpoint == checkpoint
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_settings_of_a_picture_that_is_blended_say_so(tmp_path, step, pair, format):
+def test_settings_of_a_picture_that_is_blended_say_so(tmp_path, step, pair):
     blended = nst.blend_with_photo(nst.blend_with_photo(step, pair[0], 0.5), pair[0], 0.6)
-    path = nst.save_image(blended, tmp_path, format=format)
+    path = nst.save_image(blended, tmp_path)
     assert nst.read_record(path)["strength"] == pytest.approx(0.3)
     with pytest.warns(nst.StyleTransferWarning, match=r"blend_with_photo\(.*0\.3\)"):
         nst.read_settings(path)
 
 
-def test_an_older_record_is_read_too(step):
-    settings = asdict(IN_A_RUN)
-    old = {"settings": settings, "asked": settings, "own_pictures": ["keep"]}
-    for notes, strength in (([], 1), (["strength 0.25"], 0.25)):
-        data = png_with(json.dumps({**old, "notes": notes}))
-        assert nst.read_record(data)["strength"] == strength
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert nst.read_settings(data) == IN_A_RUN
-        assert len(caught) == (1 if strength == 1 else 2)
-        assert "keep" in str(caught[0].message)
+@pytest.mark.parametrize(("notes", "strength"), [([], 1), (["strength 0.25"], 0.25)])
+def test_an_older_record_is_read_too(notes, strength):
+    old = {"settings": asdict(IN_A_RUN), "own_pictures": ["keep"], "notes": notes}
+    data = png_with(json.dumps(old))
+    assert nst.read_record(data)["strength"] == strength
+    with pytest.warns(nst.StyleTransferWarning) as caught:
+        assert nst.read_settings(data) == IN_A_RUN
+    assert len(caught) == (1 if strength == 1 else 2)
+    assert "keep" in str(caught[0].message)
 
 
 def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
@@ -671,6 +520,7 @@ def test_the_record_has_what_auto_chose(shallow, pair, tmp_path):
     chosen = [record["settings"][name] for name in names]
     assert chosen == ["float32", "cpu", "bundled", max(first.job.scales[-1].size) + 1, 52]
     assert (record["step"], record["finished"]) == (1, False)
+    assert (record["photo"], record["paintings"]) == (None, [None])
 
 
 def test_given_settings_replace_those_in_the_file(tmp_path, step):
@@ -702,28 +552,6 @@ def test_weights_of_your_own_must_be_given_again(tmp_path, step):
     assert nst.read_settings(path, weights="my_vgg19.pth").weights == "my_vgg19.pth"
 
 
-positive = st.floats(1e-6, 100)
-PAINTED = st.fixed_dictionaries(
-    {
-        "num_steps": st.integers(1, 10**9),
-        "content_weight": st.floats(0.1, 1e6),
-        "style_weight": st.floats(0, 1e6) | st.integers(0, 10**6),
-        "style_blend": st.just("equal") | st.tuples(positive),
-        "learning_rate": positive,
-        "seed": st.integers(0, 2**63 - 1),
-    }
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(PAINTED, st.sampled_from([*FORMATS]))
-def test_settings_survive_the_file_to_the_last_bit(tmp_path_factory, step, values, format):
-    config = replace(SHALLOW, checkpoint=False, **values)
-    painted = replace(step, total=config.num_steps, job=replace(step.job, config=config))
-    path = nst.save_image(painted, tmp_path_factory.mktemp("out"), format=format)
-    assert nst.read_settings(path) == config
-
-
 # A PNG from another machine or from elsewhere -----------------------------------------------------
 
 
@@ -738,15 +566,16 @@ def settings_with(**changes) -> str:
     return json.dumps({"settings": asdict(IN_A_RUN) | changes})
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
-@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cuda", "float16"), ("cuda:1", "bfloat16"), ("mps", "float32")]
+)
 def test_settings_of_a_gpu_are_read_on_a_machine_without(monkeypatch, device, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     data = png_with(settings_with(device=device, precision=precision))
     with pytest.warns(nst.StyleTransferWarning, match=device):
         config = nst.read_settings(data)
-    assert config.device == "auto"
+    assert (config.device, config.precision) == ("auto", "auto")
     assert nst.load_network(config).device == torch.device("cpu")  # it can be painted
     with pytest.raises(ValueError, match=f"device .*{device}"):
         nst.read_settings(data, device=device)
@@ -754,7 +583,6 @@ def test_settings_of_a_gpu_are_read_on_a_machine_without(monkeypatch, device, pr
 
 ELSEWHERE = {
     "nested too deeply": "[" * 60_000,
-    "too long": settings_with() + " " * 70_000,
     "no settings": "{}",
     "settings of another kind": '{"settings": [1]}',
     "a path": settings_with(weights="/etc/passwd"),
@@ -788,7 +616,7 @@ NO_RECORDS = {
 
 
 @pytest.mark.parametrize("data", NO_RECORDS.values(), ids=NO_RECORDS)
-@pytest.mark.parametrize("read", [nst.read_record, nst.read_settings])
-def test_a_file_without_a_record_is_refused(read, data):
-    with pytest.raises(ValueError, match="the uploaded picture"):
-        read(data)
+def test_a_file_without_a_record_is_refused_before_it_is_decoded(monkeypatch, data):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail(KeyboardInterrupt("it was decoded")))
+    with pytest.raises(ValueError, match="the uploaded picture has no record"):
+        nst.read_settings(data)
