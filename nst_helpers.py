@@ -2738,8 +2738,11 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def _sha256_of(source: _Source | None) -> str | None:
     """The SHA-256 of a picture's file; ``None`` if there is no file, or none any more."""
+    digest = hashlib.sha256()
     with contextlib.suppress(OSError, ValueError), _open_file(source) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
     return None
 
 
@@ -2822,7 +2825,9 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
 def _photo_tags(photo: _Source) -> dict[int, Any]:
     """The EXIF tags of a photo that say when, where and with which camera it was taken."""
     try:
-        with _open_file(photo) as file, _identify(file) as picture:
+        is_open = isinstance(photo, Image.Image)
+        opened: Any = contextlib.nullcontext(photo) if is_open else _identify(_open_file(photo))
+        with opened as picture:
             exif = picture.getexif()
             details = exif.get_ifd(ExifTags.IFD.Exif)
             tags: dict[int, Any] = {tag: exif[tag] for tag in _KEPT_TAGS & exif.keys()}
@@ -2917,13 +2922,16 @@ def _folder_of(folder: str | os.PathLike) -> Path:
     return path
 
 
-def _create(path: Path, data: bytes) -> bool:
-    """Write a file whole or not at all; ``False`` if there is one already."""
-    with contextlib.suppress(FileExistsError), contextlib.ExitStack() as undo:
-        with path.open("xb") as file:  # no other thread or process can take the name now
-            undo.callback(path.unlink)
-            file.write(data)
-        undo.pop_all()
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # on Windows, another program may have it open
+            path.unlink()
+
+
+def _is_claimed(path: Path) -> bool:
+    """Make an empty file, unless there is one: no other thread or process takes the name then."""
+    with contextlib.suppress(FileExistsError):
+        path.touch(exist_ok=False)
         return True
     return False
 
@@ -2933,15 +2941,24 @@ def _write_new_file(
 ) -> Path:
     """Write a file with the time in its name: whole or not at all, and over no other file."""
     place, stem = _folder_of(folder), _with_time(name)
-    path, numbers = place / f"{stem}.{suffix}", itertools.count(2)
+    stems = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    draft = place / f"{stem}_{os.urandom(8).hex()}.tmp"
+    claimed = None
     try:
         place.mkdir(parents=True, exist_ok=True)
-        while not _create(path, data):
-            path = place / f"{stem}_{next(numbers)}.{suffix}"
+        draft.write_bytes(data)
+        path = claimed = next(filter(_is_claimed, (place / f"{stem}.{suffix}" for stem in stems)))
+        try:
+            draft.replace(path)
+        except OSError:  # a virus scanner has it open, or the mount cannot rename
+            path.write_bytes(data)
+        claimed = None
+        return path
     except OSError as error:
         reason = _brief(error.strerror or error)
         raise OSError(f"The folder '{_brief(place)}' cannot be written to ({reason}).") from error
-    return path
+    finally:
+        _remove([draft] if claimed is None else [draft, claimed])
 
 
 def prepare_output_folder(folder: str | os.PathLike = "outputs") -> Path:
@@ -3013,20 +3030,15 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
     return _write_new_file(file.getvalue(), folder, "webp")
 
 
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):  # on Windows, another program may have it open
-            path.unlink()
-
-
 def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> Iterator[Step]:
     """Pass on the steps, and keep the latest picture on disk until the run ends well.
 
     It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old. If the disk is
-    full, a ``StyleTransferWarning`` says so once, and the run goes on without renewing it.
+    full, a ``StyleTransferWarning`` says so once, and the run goes on.
     """
     partials: list[Path] = []  # all but the last should be gone
     due = 0.0  # when to save again
+    has_warned = False
     for step in steps:
         if time.monotonic() >= due:
             due = time.monotonic() + 20
@@ -3034,8 +3046,9 @@ def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> It
                 partials.append(_write_new_file(_encode(step), folder, "partial.png"))
                 _remove(partials[:-1])
             except OSError as error:
-                _warn(f"The run goes on without its latest picture on disk. {error}")
-                due = math.inf
+                if not has_warned:
+                    _warn(f"The run goes on without its latest picture on disk. {error}")
+                has_warned = True
         yield step
     _remove(partials)
 
@@ -3071,8 +3084,8 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
 
     With the same pictures, they give the same result on the same machine. A
     ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, if the
-    picture was blended with the photo, and if this machine lacks the device or the precision: both
-    are "auto" then. Weights of your own must be given:
+    picture was blended with the photo, and if this machine lacks the device or the precision, which
+    is "auto" then. Weights of your own must be given:
     ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record`` raises, and
     ``ValueError`` for unusable settings.
     """
@@ -3086,19 +3099,22 @@ def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"{name} has settings that cannot be used: {reason}") from error
-    own = [known for known in record.get("own_pictures", []) if known in _OWN_PICTURES]
+    listed = record.get("own_pictures")
+    own = [known for known in _OWN_PICTURES if isinstance(listed, list) and known in listed]
     if own:
         _warn(f"{name} was painted with {' and '.join(own)}: give them to stylize again.")
     if record["strength"] != 1:
         strength = _brief(record["strength"])
         _warn(f"{name} is blended with its photo: blend_with_photo(step, photo, {strength}).")
-    try:
-        _pick_dtype(config.precision, _pick_device(config.device))
-    except ValueError as error:
-        if "device" in given:
-            raise
-        _warn(f"The device and the precision of {name} are 'auto' now: {error}")
-        config = replace(config, **{"device": "auto", "precision": "auto"} | given)
+    for setting, precision in (("device", "auto"), ("precision", config.precision)):
+        try:
+            _pick_dtype(precision, _pick_device(config.device))
+        except ValueError as error:
+            if setting in given:
+                raise
+            _warn(f"The {setting} of {name} is 'auto' now: {error}")
+            settings[setting] = "auto"
+            config = StyleTransferConfig(**settings)
     return config
 
 

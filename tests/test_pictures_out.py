@@ -1,5 +1,6 @@
 """Pictures out: saved whole or not at all, and a PNG that remembers how it was painted."""
 
+import errno
 import hashlib
 import io
 import json
@@ -69,20 +70,25 @@ def test_threads_that_save_in_the_same_second_keep_all_pictures(tmp_path):
     assert saved == pytest.approx([level / 255 for level in range(16)])
 
 
-class FullDisk(io.FileIO):
-    """A file on a disk that has room for ten bytes."""
-
-    def write(self, data):
-        super().write(data[:10])
-        raise NO_SPACE
+def write_ten_bytes(path, data):
+    with path.open("wb") as file:
+        file.write(data[:10])
+    raise NO_SPACE
 
 
-@pytest.mark.parametrize(("method", "broken"), [("mkdir", fail(NO_SPACE)), ("open", FullDisk)])
-def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, method, broken):
+@pytest.mark.parametrize(
+    ("method", "broken"), [("mkdir", fail(NO_SPACE)), ("write_bytes", write_ten_bytes)]
+)
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_full_disk_leaves_no_part_of_a_file(
+    monkeypatch, tmp_path, step, method, broken, can_rename
+):
     folder = tmp_path / "full"
     for write in (nst.prepare_output_folder, lambda folder: nst.save_image(step, folder)):
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, lambda *args, **options: broken(*args))
+            if not can_rename:
+                patch.setattr(Path, "replace", fail(OSError(errno.ENOSYS, "Not supported")))
             with pytest.raises(OSError, match=NO_SPACE.strerror) as error:
                 write(folder)
         assert str(folder) in str(error.value)
@@ -90,6 +96,43 @@ def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path, step, metho
         assert [path for path in tmp_path.rglob("*") if path != folder] == []
     assert nst.prepare_output_folder(folder) == folder
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("number", ["EACCES", "ENOSYS", "EPERM", "ENOTSUP"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_lock_or_a_mount_that_cannot_rename_loses_no_picture(
+    monkeypatch, tmp_path, number, times
+):
+    move, failed = Path.replace, []
+
+    def replace_later(self, target):
+        if len(failed) < times:
+            failed.append(target)
+            raise OSError(getattr(errno, number), "Not now")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_later)
+    paths = [nst.save_image(grey(level), tmp_path) for level in (7, 8)]
+    assert [path.name for path in paths] == [f"{NOW}.png", f"{NOW}_2.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert all(map(torch.equal, map(nst.load_image, paths), (grey(7), grey(8))))
+
+
+def test_until_a_file_is_whole_its_name_holds_nothing(monkeypatch, tmp_path):
+    """A program that is killed leaves no half of a picture that looks like a whole one."""
+    sizes = []
+
+    def look(self, target):
+        sizes.append((self.stat().st_size, target.stat().st_size))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", look)
+    with pytest.raises(KeyboardInterrupt):
+        nst.save_image(grey(7), tmp_path)
+    ((written, claimed),) = sizes
+    assert written > claimed == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("folder", ["out.png", "OUT.JPG", "https://example.org/out"])
@@ -575,7 +618,7 @@ def test_settings_of_a_gpu_are_read_on_a_machine_without(monkeypatch, device, pr
     data = png_with(settings_with(device=device, precision=precision))
     with pytest.warns(nst.StyleTransferWarning, match=device):
         config = nst.read_settings(data)
-    assert (config.device, config.precision) == ("auto", "auto")
+    assert config.device == "auto"
     assert nst.load_network(config).device == torch.device("cpu")  # it can be painted
     with pytest.raises(ValueError, match=f"device .*{device}"):
         nst.read_settings(data, device=device)
