@@ -52,7 +52,7 @@ import urllib.request
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
@@ -3229,12 +3229,7 @@ def load_network(config: StyleTransferConfig) -> VGG19Features:
 
 # Figures ------------------------------------------------------------------------------------------
 
-_FIGURE_WIDTH = 9  # inches
-_TITLE_HEIGHT = 0.3
 _FIGURE_JPEG = {"quality": 38}
-_COPY_DPI = 36  # of 100
-_VIEW_SIDE = 512  # pixels of a picture on the page
-_CHECKERBOARD = "background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 / 16px 16px;"
 
 
 def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> None:
@@ -3248,11 +3243,10 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
     columns = columns or len(images)
     rows = math.ceil(len(images) / columns)
     ratios = [image.shape[-1] / image.shape[-2] for image in images.values()][:columns]
-    height = rows * (_FIGURE_WIDTH / sum(ratios) + _TITLE_HEIGHT)
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(_FIGURE_WIDTH, height),
+        figsize=(9, rows * (9 / sum(ratios) + 0.3)),  # in inches, of which 0.3 are for a title
         width_ratios=ratios,
         squeeze=False,
         layout="constrained",
@@ -3261,8 +3255,7 @@ def show_images(images: Mapping[str, Tensor], columns: int | None = None) -> Non
     figure.set_label(f"Side by side: {'; '.join(images)}")  # the alt text: see _figure_tag
     brightest = max(image.max().item() for image in images.values())
     scale = PowerNorm(0.5, 0, brightest)  # shows small values too
-    longest_title = max(map(len, images))
-    size = "medium" if columns * longest_title < 90 else "x-small"
+    size = "medium" if columns * max(map(len, images)) < 90 else "x-small"
     for ax, (title, image) in zip(axes.flat, images.items(), strict=False):  # a row may be short
         if image.dim() == 4:
             ax.imshow(to_pil(image), interpolation="lanczos")
@@ -3275,8 +3268,7 @@ def plot_losses(history: Sequence[Mapping[str, Tensor]]) -> None:
     """Draw the ``losses`` of each step on a log scale; ``ValueError`` if there are none."""
     if len(history) == 0:
         raise ValueError("history must have the losses of at least one step, not none.")
-    figure = plt.figure(figsize=(9, 3.5), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
     changes = []
     for name in history[0]:
         values = torch.stack([losses[name] for losses in history]).cpu()  # waits for a GPU once
@@ -3298,7 +3290,6 @@ def _data_address(data: bytes, kind: str) -> str:
 
 
 def _image_tag(data: bytes, kind: str, alt: str, style: str = "") -> str:
-    """HTML for a picture file; ``alt`` is read out to people who cannot see it."""
     style = f"display: inline; max-width: 100%; {style}"
     source = _data_address(data, kind)
     # Decoded before it is drawn, so that a new picture does not flicker.
@@ -3306,7 +3297,7 @@ def _image_tag(data: bytes, kind: str, alt: str, style: str = "") -> str:
 
 
 def picture_tag(
-    picture: Tensor | Image.Image | Path, alt: str, side: int = _VIEW_SIDE, style: str = ""
+    picture: Tensor | Image.Image | Path, alt: str, side: int = 512, style: str = ""
 ) -> str:
     """HTML for a picture on a page; ``alt`` is read out to people who cannot see it.
 
@@ -3321,7 +3312,8 @@ def picture_tag(
     small.thumbnail((side, side))
     kind = "jpeg"
     if small.mode == "RGBA":
-        kind, style = "webp", style + _CHECKERBOARD
+        kind = "webp"
+        style += "background: repeating-conic-gradient(#ccc 0 25%, #fff 0 50%) 0 / 16px 16px;"
     file = io.BytesIO()
     small.save(file, kind, quality=75)
     width = side * small.width // max(small.size)
@@ -3352,9 +3344,6 @@ def before_and_after(photo: Tensor, result: Tensor, side: int = 768) -> str:
 
 # Live progress ------------------------------------------------------------------------------------
 
-_REFRESH_SECONDS = 1.0  # a live view is drawn no more often than this,
-_REFRESH_SHARE = 0.025  # and takes no larger a share of the time
-_BAR_STYLE = "display: block; width: 100%; max-width: 512px"
 _Show = Callable[[str, str], object]  # takes a page of HTML, and a line of text for the same
 
 
@@ -3362,7 +3351,7 @@ def _print_line(page: str, line: str) -> None:
     print(line)
 
 
-def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
+def watch(steps: Iterable[Step], show: _Show = _print_line) -> Iterator[Step]:
     """Pass on the steps of ``stylize``, and show from time to time how far along they are.
 
     ``show`` is called with a page of HTML (picture and progress) that replaces the last one, and
@@ -3371,7 +3360,6 @@ def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
 
     Example: ``for step in watch(stylize(photo, painting), live_view()): ...``
     """
-    show = show or _print_line
     began = time.monotonic()
     due = 0.0  # when to draw again
     step = None
@@ -3381,7 +3369,8 @@ def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
         line = tqdm.format_meter(step.progress, 1, time.monotonic() - began, bar_format=form)
         height, width = _size_of(step.image)
         line += f", {width} x {height} pixels"
-        bar = f'<progress value="{step.progress}" style="{_BAR_STYLE}"></progress>'
+        style = "display: block; width: 100%; max-width: 512px"
+        bar = f'<progress value="{step.progress}" style="{style}"></progress>'
         show(f"{picture_tag(step.image, line)}{bar}<div>{line}</div>", line)
 
     try:
@@ -3391,7 +3380,7 @@ def watch(steps: Iterable[Step], show: _Show | None = None) -> Iterator[Step]:
             if now >= due:
                 draw(step)
                 drawn = time.monotonic()
-                due = drawn + max(_REFRESH_SECONDS, (drawn - now) / _REFRESH_SHARE)
+                due = drawn + max(1, 40 * (drawn - now))
     finally:
         if step is not None:
             draw(step, "done" if step.number == step.total else "stopped")
@@ -3413,15 +3402,10 @@ def live_view() -> _Show:
 # Sweeps -------------------------------------------------------------------------------------------
 
 
-def _printable(text: str) -> str:
-    """The text, with a ? for each letter that the console, or a page, cannot show."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    return text.encode(encoding, "replace").decode(encoding)
-
-
 def _make_bar(runs: int) -> tqdm:
+    # On stderr, which writes what an old console cannot show in another way.
     form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
-    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form)
+    return tqdm(total=runs, leave=False, bar_format=form)
 
 
 def sweep(
@@ -3429,29 +3413,27 @@ def sweep(
     styles: Tensor | Sequence[Tensor],
     config: StyleTransferConfig,
     network: VGG19Features | None = None,
-    *,
-    masks: Sequence[Tensor] = (),
-    keep: Tensor | None = None,
-    start: Tensor | None = None,
-    visible: _Visible = None,
-    **values: Sequence[Any],
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Paint with each value of one setting, or each pair of values of two, side by side.
 
-    Draws the pictures and returns them, {label: (1, 3, H, W)}. The other arguments are those of
-    ``stylize``; without ``network``, each run loads its own. Errors in the arguments are raised
+    ``options`` are lists of values, by the names of settings, and masks, keep, start, visible and
+    cutout, as ``stylize`` takes them. Without ``network``, each run loads its own.
+
+    Draws the pictures and returns them, {label: (1, 3, H, W)}. Errors in the arguments are raised
     before the first run. A sweep that is stopped draws what has been painted.
 
     Example: ``sweep(photo, painting, config, style_weight=(10, 100, 1000))``.
     """
     _check_image("content", content)
+    pictures = {name: given for name, given in options.items() if name in _OWN_PICTURES}
+    values = {name: given for name, given in options.items() if name not in _OWN_PICTURES}
     if len(values) not in (1, 2):
         given = ", ".join(values) or "none"
         raise ValueError(f"sweep must be given the values of one or two settings, not {given}.")
     for name, tried in values.items():
         if not isinstance(tried, (list, tuple)) or len(tried) == 0:
             raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
-    pictures: Any = {"masks": masks, "keep": keep, "start": start, "visible": visible}
     runs = {}
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination, strict=True))
@@ -3463,7 +3445,7 @@ def sweep(
     try:
         with _make_bar(len(runs)) as bar:
             for number, (label, steps) in enumerate(runs.items()):
-                bar.set_description(_printable(label))
+                bar.set_description(label)
                 for step in steps:
                     results[label] = step.image
                     bar.update(number + step.progress - bar.n)
@@ -3475,13 +3457,6 @@ def sweep(
 
 
 # Folders ------------------------------------------------------------------------------------------
-
-_OWN_NAMES = ("stylized_output_", "contact_sheet_")  # how names of pictures painted here begin
-_LONGEST_NAME = 50  # characters of a photo's name in its result's: a system allows 255 bytes in all
-_LONGEST_LIST = 200  # characters of a list of names
-_SHEET_SIDE, _SHEET_LINE, _SHEET_GAP = 240, 20, 4  # pixels of a picture, its name and its margin
-_SHEET_LETTERS = 36  # of that name
-_SHEET_VIEW = 1024  # pixels of a contact sheet on the page
 
 _Photo = Path | str  # a str is an address
 
@@ -3496,11 +3471,13 @@ def _remembered(path: Path) -> dict[str, Any] | None:
 
 def _is_photo(path: Path) -> bool:
     """Whether a file is a picture by its name, not hidden, and was not painted here."""
-    suffix, name = path.suffix.lower(), path.name
+    if path.name.startswith((".", "stylized_output_", "contact_sheet_")):
+        return False
+    suffix = path.suffix.lower()
     # HEIC and raw files are not passed over even where they cannot be read.
-    known = {".heic": "HEIF", ".heif": "HEIF", **Image.registered_extensions()}
-    is_picture = known.get(suffix) in _FORMATS or suffix in _RAW_EXTENSIONS
-    return is_picture and not name.startswith((".", *_OWN_NAMES)) and _remembered(path) is None
+    is_known = suffix in (".heic", ".heif", *_RAW_EXTENSIONS)
+    is_picture = is_known or Image.registered_extensions().get(suffix) in _FORMATS
+    return is_picture and _remembered(path) is None
 
 
 def _find_photos(
@@ -3508,7 +3485,6 @@ def _find_photos(
 ) -> dict[_Photo, Path]:
     """{photo: the folder of its result, within the output folder}; see ``paint_folder``."""
     found: dict[_Photo, Path] = {}
-    passed_over = []
     if not isinstance(photos, (str, os.PathLike)):
         for source in map(_place_of, photos):
             found[source if _ADDRESS.match(source) else Path(source)] = Path()
@@ -3516,26 +3492,14 @@ def _find_photos(
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
     else:
         for folder, below, names in os.walk(root):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            place = Path(folder).relative_to(root)
+            below[:] = sorted(name for name in below if recursive and not name.startswith("."))
             pictures = filter(_is_photo, [Path(folder, name) for name in sorted(names)])
-            if recursive or place == Path():
-                found |= dict.fromkeys(pictures, place)
-            elif any(pictures):
-                passed_over.append(place.as_posix())
-    listed = textwrap.shorten(", ".join(passed_over), _LONGEST_LIST, placeholder=" …")
-    advice = f": recursive=True takes those in {listed} too" if passed_over else ""
+            found |= dict.fromkeys(pictures, Path(folder).relative_to(root))
     if not found:
         problem = f"photos must hold at least one picture, but {_shown(photos)} has none"
+        advice = "" if recursive else ": recursive=True takes those in its subfolders too"
         raise ValueError(f"{problem}{advice}.")
-    if passed_over:
-        _warn(f"The photos in subfolders are passed over{advice}.")
     return found
-
-
-def _stem_of(photo: _Photo) -> str:
-    """What the name of the photo's result begins with."""
-    return Path(_file_name_of(photo)).stem[:_LONGEST_NAME]
 
 
 def _find_results(
@@ -3548,26 +3512,21 @@ def _find_results(
     """{photo: its finished picture}, of this painting and with these settings, if there is one."""
     asked = json.loads(json.dumps(_asked(config, network)))  # with lists for tuples
     wanted = {"paintings": [_sha256_of(painting) or "without a file"], "finished": True}
-    finished: dict[tuple[Path, str], list[Path]] = {}
+    finished: dict[tuple[Path, str | None], Path] = {}
     for place in {*places.values()}:
         for path in sorted((folder / place).glob("*")):
-            record = _remembered(path) if path.suffix[1:] in _EXTENSIONS.values() else None
+            record = _remembered(path)
             if (
                 record is not None
                 and wanted.items() <= record.items()
                 and asked == record["settings"] | record.get("asked", {})
                 and {*record.get("own_pictures", [])} <= {"visible", "cutout"}  # of the files
             ):
-                finished.setdefault((place, record["photo"]), []).append(path)
-    results: dict[_Photo, Path | None] = dict.fromkeys(places)
-    for photo, place in places.items() if finished else ():
-        found = finished.get((place, _sha256_of(photo) or "without a file"))
-        if found:  # two photos with the same bytes take one each
-            stem = _stem_of(photo)
-            taken = min(found, key=lambda path: (not path.name.startswith(stem), len(path.name)))
-            found.remove(taken)
-            results[photo] = taken
-    return results
+                finished[place, record["photo"]] = path
+    if not finished:  # no photo need be read, or downloaded
+        return dict.fromkeys(places)
+    digests = {photo: _sha256_of(photo) or "without a file" for photo in places}
+    return {photo: finished.get((place, digests[photo])) for photo, place in places.items()}
 
 
 def _sentence_of(error: Exception) -> str:
@@ -3579,24 +3538,22 @@ def _make_contact_sheet(files: Mapping[_Photo, Path]) -> Image.Image:
     """Small copies of pictures, {photo: picture}, each above the name of its photo."""
     columns = math.ceil(math.sqrt(len(files)))
     rows = math.ceil(len(files) / columns)
-    side, gap = _SHEET_SIDE, _SHEET_GAP
+    side, gap, line = 240, 4, 20  # pixels of a picture with its margin, of that, and of a name
     room = side - 2 * gap, side - 2 * gap
-    sheet = Image.new("RGB", (columns * side, rows * (side + _SHEET_LINE)), "white")
+    sheet = Image.new("RGB", (columns * side, rows * (side + line)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (photo, path) in enumerate(files.items()):
-        left, top = number % columns * side + gap, number // columns * (side + _SHEET_LINE)
+        left, top = number % columns * side + gap, number // columns * (side + line)
         picture = to_pil(load_image(path, side))
         tile = ImageOps.pad(picture, room, color="white", centering=(0.5, 1))  # on its name
         sheet.paste(tile, (left, top + gap))
-        name = _file_name_of(photo)[:_SHEET_LETTERS]
-        draw.text((left, top + side), name, "black", font_size=12)
+        draw.text((left, top + side), _file_name_of(photo)[:36], "black", font_size=12)
     return sheet
 
 
 def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool) -> None:
     """Save a contact sheet if there is something new on it, and show a small one in a notebook."""
-    is_in_notebook = get_ipython() is not None
-    if not files or not (is_new or is_in_notebook):
+    if not is_new and get_ipython() is None:
         return
     try:
         sheet = _make_contact_sheet(files)
@@ -3604,13 +3561,12 @@ def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool
             file = io.BytesIO()
             sheet.save(file, "JPEG", quality=90)
             _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
+        if get_ipython() is not None:
+            names = ", ".join(map(_file_name_of, files)).encode(errors="replace").decode()
+            alt = textwrap.shorten(f"The results, painted from {names}", 200)
+            display(HTML(picture_tag(sheet, alt, min(1024, max(sheet.size)))))
     except Exception as error:  # the pictures are saved
         _warn(f"There is no contact sheet: {_sentence_of(error)}")
-        return
-    if is_in_notebook:
-        names = ", ".join(map(_file_name_of, files))
-        alt = _printable(textwrap.shorten(f"The results, painted from {names}", _LONGEST_LIST))
-        display(HTML(picture_tag(sheet, alt, min(_SHEET_VIEW, max(sheet.size)))))
 
 
 def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]]) -> list[str]:
@@ -3619,13 +3575,14 @@ def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]
     with _make_bar(len(photos)) as bar:
         for number, photo in enumerate(photos):
             name = _file_name_of(photo) or str(photo)
-            bar.set_description(_printable(f"{name}, {number + 1} of {len(photos)}"))
+            place = f"{name}, {number + 1} of {len(photos)}"
+            bar.set_description(place)
             try:
                 for step in paint(photo):
                     bar.update(number + step.progress - bar.n)
             except KeyboardInterrupt:
-                state = f"Stopped at {name}, {number + 1} of {len(photos)}"
-                raise KeyboardInterrupt(f"{state}: the same call goes on with it.") from None
+                advice = "the same call goes on with it"
+                raise KeyboardInterrupt(f"Stopped at {place}: {advice}.") from None
             except Exception as error:
                 reason = _sentence_of(error)
                 problems.append(reason if name in reason else f"{name}: {reason}")
@@ -3657,11 +3614,10 @@ def paint_folder(
     network: what ``load_network`` gave, to reuse.
     format, keep_exif, dpi: as ``save_image`` takes them.
     recursive: take the photos of subfolders too, each result in the subfolder of the same name.
-        Otherwise, a ``StyleTransferWarning`` names those that hold photos.
-    Whatever happens to one photo, the others are painted. One that fails has ``None``, and a
-    ``StyleTransferWarning`` after the contact sheet says why; if all fail, that is a
-    ``RuntimeError``.
-    Raises ``ValueError`` if there are no photos, and what ``load_image`` raises for the painting.
+
+    A photo that fails has ``None``, and a ``StyleTransferWarning`` at the end says why; the others
+    are painted. If all fail, that is a ``RuntimeError``. Raises ``ValueError`` if there are no
+    photos, and what ``load_image`` raises for the painting.
 
     Example: ``paint_folder("holiday", "images/starry_night.jpg", StyleTransferConfig())``.
     """
@@ -3675,20 +3631,20 @@ def paint_folder(
     save = functools.partial(save_image, format=format, keep_exif=keep_exif, dpi=dpi)
 
     def paint(photo: _Photo) -> Iterator[Step]:
-        content, alpha = load_image(photo, config.max_size), _alpha_of(photo)
-        cutout = None if alpha is None else load_mask(alpha, config.max_size)
-        given: Any = {"network": network, "visible": visible, "cutout": cutout}
-        for step in stylize(content, style, config, **given):
+        content, cutout = load_painting(photo, config.max_size)
+        options: Any = {"network": network, "visible": visible, "cutout": cutout}
+        for step in stylize(content, style, config, **options):
             yield step
-        place, name = folder / places[photo], _stem_of(photo)
-        files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
+        stem = Path(_file_name_of(photo)).stem[:50]  # a system allows 255 bytes in all
+        place = folder / places[photo]
+        files[photo] = save(step, place, photo=photo, paintings=[painting], name=stem or None)
 
     problems = _try_each(missing, paint)
     painted = {photo: file for photo, file in files.items() if file is not None}
-    _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
     report = "\n".join([f"{len(painted)} of {len(files)} photos are painted.", *problems])
     if not painted:
         raise RuntimeError(report)
+    _show_contact_sheet(painted, folder, is_new=len(problems) < len(missing))
     if problems:
         _warn(report)
     return files
@@ -3723,8 +3679,8 @@ def set_up_notebook() -> None:
         warnings.showwarning = functools.partial(_show_note, warnings.showwarning)
         # Before IPython looks for a magic of that name.
         shell.input_transformers_cleanup.insert(0, _leave_lesson_out)
-        # A small copy, for where a page takes no HTML.
-        set_matplotlib_formats("jpeg", dpi=_COPY_DPI, pil_kwargs=_FIGURE_JPEG)
+        # A copy at 36 of 100 dots per inch, for where a page takes no HTML.
+        set_matplotlib_formats("jpeg", dpi=36, pil_kwargs=_FIGURE_JPEG)
         shell.display_formatter.formatters["text/html"].for_type(plt.Figure, _figure_tag)
 
 
@@ -3784,7 +3740,6 @@ def offer_download(path: Path) -> None:
 
 # The panel ----------------------------------------------------------------------------------------
 
-_THUMBNAIL_SIDE = 146
 # An upload button's second line is cut off: it is a number of files, which ipywidgets adds. Where
 # JupyterLab marks each widget that has lost its kernel, the panel says once what to do.
 _PANEL_CSS = """<style>
@@ -3792,17 +3747,13 @@ _PANEL_CSS = """<style>
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
 .nst-panel p { margin: 4px 0; }
-.nst-panel figure { display: inline-block; vertical-align: top; margin: 0 4px 0 0; }
+.nst-panel figure { display: inline-block; width: 146px; vertical-align: top; margin: 0 4px 0 0; }
 .nst-panel select { appearance: auto !important; background-image: none !important; }
 .nst-panel .jupyter-widgets-disconnected::before { content: none; }
 .nst-panel.jupyter-widgets-disconnected::before { width: 100%; font: bold 14px sans-serif;
   content: "The kernel was restarted: choose Run All, and the panel works again."; }
 </style>"""
-_CLICKS_WAIT = """<i>Cells are running: clicks wait until they are done.</i>
-<style>.nst-panel button:focus::after { content: " … waits"; }</style>"""
-_PANEL_SIZES = (256, 512, 1024, 2048)
 _PANEL_STYLES = [("a touch", 0.1), ("less", 0.3), ("normal", 1), ("more", 3), ("much more", 10)]
-_PANEL_FORMATS = [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")]
 _PANEL_COLORS = [
     ("the painting's", "style"),
     ("the photo's palette", "content"),
@@ -3833,38 +3784,6 @@ def _close(widget: widgets.Widget) -> None:
         part.close()
 
 
-def _clicks_wait(shell: Any) -> bool:
-    """Whether clicks wait for running cells: not if both kernel and page know of subshells."""
-    kernel = getattr(shell, "kernel", None)  # a terminal's shell has none
-    features = () if kernel is None else kernel.kernel_info.get("supported_features", ())
-    return "kernel subshells" not in features or "subshell_id" not in shell.get_parent()["header"]
-
-
-@dataclass(eq=False)
-class _PanelRun:
-    """A run, with its pictures as they were when Paint was pressed."""
-
-    sources: Mapping[str, _Source]
-    photo: Tensor
-    step: Step | None = None  # the latest
-    problem: str = ""  # why it ended early
-    files: dict[tuple[float, str], Path] = field(default_factory=dict)  # by strength and format
-    stopping: Event = field(default_factory=Event)
-
-
-def _until_stopped(steps: Iterable[Step], run: _PanelRun) -> Iterator[Step]:
-    """The steps up to the one that fails, or during which Stop is pressed."""
-    try:
-        for step in steps:
-            yield step
-            if run.stopping.is_set():
-                return
-    except KeyboardInterrupt:  # only where there is no thread
-        return
-    except Exception as error:
-        run.problem = _sentence_of(error)
-
-
 class Panel(widgets.HBox):
     """Paint without code: two uploads, four controls, Paint, Stop, Strength, Save and a download.
 
@@ -3877,7 +3796,8 @@ class Panel(widgets.HBox):
 
     As the last line of a cell it shows itself, and errors, each in a sentence. It holds
     ``panel.config``, ``panel.sources``, ``panel.visible`` and ``panel.cutout`` (where the two
-    pictures are visible), ``panel.result`` (the latest step, or ``None``), ``panel.is_painting``.
+    pictures are visible; ``None`` is everywhere), ``panel.result`` (the latest step of the latest
+    run, or ``None``), ``panel.is_painting``.
     """
 
     def __init__(
@@ -3892,29 +3812,43 @@ class Panel(widgets.HBox):
         super().__init__(layout=widgets.Layout(flex_flow="row wrap"))
         self.add_class("nst-panel")
         self.first_config = self.config = config
-        self.first_sources = dict(sources)
-        self.sources = dict(sources)
+        self.first_sources, self.sources = dict(sources), dict(sources)
         self.folder = folder
-        self.network = network
-        # The sources, loaded, and where they are visible; ``None`` is everywhere.
-        self.pictures: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if network is not None:
+            self.network = network
         self.seconds_per_pixel: float | None = None  # measured once
-        self.run: _PanelRun | None = None  # the latest
+        # The sources, loaded, and where they are visible.
+        self.pictures: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.visible: Tensor | None = None
+        self.cutout: Tensor | None = None
+        # Of the latest run: its sources, step, files by strength and format, and why it failed.
+        self.painted: Mapping[str, _Source] = {}
+        self.result: Step | None = None
+        self.files: dict[tuple[float, str], Path] = {}
+        self.problem = ""
+        self.stopping = Event()
         self.is_painting = False
         self._make_widgets()
-        self._tell_of_cells()
         if earlier is not None:
             self._replace(earlier)
+        if get_ipython() is not None:
+            get_ipython().events.register("pre_run_cell", self._tell_of_cells)
+            get_ipython().events.register("post_run_cell", self._forget_cells)
         self._take_settings()
 
     def __repr__(self) -> str:
         # What a page shows until the cell has run in this session.
         return "The panel will appear here: run the notebook down to this cell."
 
+    @functools.cached_property
+    def network(self) -> VGG19Features:
+        """What paints; loaded late, so that an error is a sentence in the panel."""
+        return load_network(self.first_config)
+
     def _make_widgets(self) -> None:
-        config = self.first_config
-        dropdown = widgets.Dropdown
-        sizes = sorted({*_PANEL_SIZES, config.max_size})
+        """The controls, and beside them the picture, or below them on a narrow page."""
+        config, dropdown, layout = self.first_config, widgets.Dropdown, widgets.Layout
+        sizes = sorted({256, 512, 1024, 2048, config.max_size})
         qualities = ["auto", *_STEPS]
         colors, styles = _PANEL_COLORS, _PANEL_STYLES
         self.controls = {
@@ -3931,9 +3865,16 @@ class Panel(widgets.HBox):
         self.save_button = widgets.Button(description="Save", disabled=True)
         self.strength = widgets.FloatSlider(1, max=1, step=0.05, description="Strength")
         self.strength.continuous_update, self.strength.disabled = False, True
-        self.format = dropdown(options=_PANEL_FORMATS, description="Save as")
+        formats = [("PNG", "png"), ("JPEG", "jpeg"), ("WebP", "webp")]
+        self.format = dropdown(options=formats, description="Save as")
         self.chosen, self.notice, self.status, self.link = (widgets.HTML() for _ in range(4))
-        self._arrange()
+        css = widgets.HTML(_PANEL_CSS, layout=layout(display="none"))
+        parts = [css, self.upload_row, self.chosen, *self.controls.values()]
+        parts += [widgets.HBox([self.paint_button, self.stop_button]), self.notice, self.status]
+        saving = widgets.HBox([self.save_button, self.link], layout=layout(align_items="center"))
+        parts += [self.strength, self.format, saving]
+        self.page = widgets.HTML("The picture will appear here.", layout=layout(flex="1 1 280px"))
+        self.children = [widgets.VBox(parts, layout=layout(width="304px")), self.page]
         for control in self.controls.values():
             control.observe(self._take_settings, names="value")
         self.paint_button.on_click(lambda _: self.start())
@@ -3942,30 +3883,16 @@ class Panel(widgets.HBox):
         for control in (self.strength, self.format):
             control.observe(lambda _: self._take_choice(), names="value")
 
-    def _arrange(self) -> None:
-        """The controls, and beside them the picture, or below them on a narrow page."""
-        css = widgets.HTML(_PANEL_CSS, layout=widgets.Layout(display="none"))
-        above = [css, self.upload_row, self.chosen, *self.controls.values()]
-        buttons = widgets.HBox([self.paint_button, self.stop_button])
-        centred = widgets.Layout(align_items="center")
-        saving = widgets.HBox([self.save_button, self.link], layout=centred)
-        below = [buttons, self.notice, self.status, self.strength, self.format, saving]
-        controls = widgets.VBox([*above, *below], layout=widgets.Layout(width="304px"))
-        place = widgets.Layout(flex="1 1 280px")
-        self.page = widgets.HTML("The picture will appear here.", layout=place)
-        self.children = [controls, self.page]
-
-    def _tell_of_cells(self) -> None:
-        """Where clicks wait while cells run, let a line below Paint say so."""
-        self.callbacks: dict[str, Callable[..., object]] = {}
+    def _tell_of_cells(self, _: object) -> None:
+        """Say that clicks wait while cells run, unless both kernel and page know of subshells."""
         shell = get_ipython()
-        if shell is not None and _clicks_wait(shell):
-            for event, words in (("pre_run_cell", _CLICKS_WAIT), ("post_run_cell", "")):
-                self.callbacks[event] = functools.partial(self._note, words)
-                shell.events.register(event, self.callbacks[event])
+        features = shell.kernel.kernel_info.get("supported_features", ())
+        if "kernel subshells" not in features or "subshell_id" not in shell.get_parent()["header"]:
+            self.notice.value = """<i>Cells are running: clicks wait until they are done.</i>
+                <style>.nst-panel button:focus::after { content: " … waits"; }</style>"""
 
-    def _note(self, words: str, *_: object) -> None:
-        self.notice.value = words
+    def _forget_cells(self, _: object) -> None:
+        self.notice.value = ""
 
     def _replace(self, earlier: "Panel") -> None:
         """Keep what was uploaded and chosen in an earlier panel, and nothing else of it."""
@@ -3976,33 +3903,14 @@ class Panel(widgets.HBox):
             if getattr(earlier.first_config, name) == getattr(self.first_config, name):
                 control.value = earlier.controls[name].value
         self.format.value = earlier.format.value
-        while earlier.callbacks:
-            get_ipython().events.unregister(*earlier.callbacks.popitem())
+        if get_ipython() is not None:
+            get_ipython().events.unregister("pre_run_cell", earlier._tell_of_cells)
+            get_ipython().events.unregister("post_run_cell", earlier._forget_cells)
         for widget in (earlier, *earlier.replaced_uploads):
             _close(widget)
 
-    @property
-    def result(self) -> Step | None:
-        """The latest step of the latest run."""
-        return None if self.run is None else self.run.step
-
-    @property
-    def visible(self) -> Tensor | None:
-        """Where the painting is visible; ``None`` is everywhere."""
-        return self.pictures["painting"][1] if "painting" in self.pictures else None
-
-    @property
-    def cutout(self) -> Tensor | None:
-        """Where the photo is visible; ``None`` is everywhere."""
-        return self.pictures["photo"][1] if "photo" in self.pictures else None
-
-    def _load_network(self) -> VGG19Features:
-        if self.network is None:  # late, so that an error is a sentence in the panel
-            self.network = load_network(self.first_config)
-        return self.network
-
     def _load(self, which: str, source: _Source) -> None:
-        device = self._load_network().device
+        device = self.network.device
         self.pictures[which] = load_painting(source, self.config.max_size, device=device)
 
     def load(self) -> list[Tensor]:
@@ -4010,7 +3918,9 @@ class Panel(widgets.HBox):
         for which, source in self.sources.items():
             if which not in self.pictures:
                 self._load(which, source)
-        return [self.pictures[which][0] for which in ("photo", "painting")]
+        photo, self.cutout = self.pictures["photo"]
+        painting, self.visible = self.pictures["painting"]
+        return [photo, painting]
 
     def _say(self, sentence: str) -> None:
         self.status.value = f"<b>{html.escape(sentence)}</b>"
@@ -4018,35 +3928,26 @@ class Panel(widgets.HBox):
     def _estimate(self, photo: Tensor, painting: Tensor) -> str:
         if self.is_painting:
             return "The estimate will appear when the run ends."
-        needed = estimate(
-            photo,
-            painting,
-            self.config,
-            self._load_network(),
-            visible=self.visible,
-            cutout=self.cutout,
-            seconds_per_pixel=self.seconds_per_pixel,
-        )
+        options: Any = {"visible": self.visible, "cutout": self.cutout}
+        options["seconds_per_pixel"] = self.seconds_per_pixel
+        needed = estimate(photo, painting, self.config, self.network, **options)
         self.seconds_per_pixel = needed.seconds_per_pixel
         height, width = _size_of(photo)
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
         return f"{width} x {height} pixels in about {needed.seconds:.0f} s, using {memory}."
-
-    def _thumbnail(self, which: str, image: Tensor) -> str:
-        source = self.sources[which]
-        name = html.escape(_file_name_of(source) or f"the {which}")
-        if self.run is not None and self.run.sources[which] is not source:
-            name += "<br><b>for the next run</b>"
-        picture = picture_tag(image, f"the {which}", _THUMBNAIL_SIDE)
-        style = f"width: {_THUMBNAIL_SIDE}px"
-        return f'<figure style="{style}">{picture}<figcaption>{name}</figcaption></figure>'
 
     def _show_chosen(self, problem: str = "") -> None:
         """Show what would be painted now, and what it would take; first, what was refused."""
         page = f"<p><b>{html.escape(problem)}</b></p>"
         try:
             photo, painting = self.load()
-            page += self._thumbnail("photo", photo) + self._thumbnail("painting", painting)
+            for which, image in (("photo", photo), ("painting", painting)):
+                source = self.sources[which]
+                name = html.escape(_file_name_of(source) or f"the {which}")
+                if self.painted.get(which, source) is not source:
+                    name += "<br><b>for the next run</b>"
+                picture = picture_tag(image, f"the {which}", 146)
+                page += f"<figure>{picture}<figcaption>{name}</figcaption></figure>"
             page += f"<p>{self._estimate(photo, painting)}</p>"
         except Exception as error:
             page += f"<p><b>{html.escape(_sentence_of(error))}</b></p>"
@@ -4078,13 +3979,12 @@ class Panel(widgets.HBox):
         for upload in self.replaced_uploads:
             _close(upload)
         self.replaced_uploads = list(self.uploads.values())
-        for which in self.sources:
-            label = f"Your {which}\n"
-            accepted = ",".join(["image/*", ".heic", ".heif", *_RAW_EXTENSIONS])
-            upload = widgets.FileUpload(accept=accepted, description=label)
+        accepted = ",".join(["image/*", ".heic", ".heif", *_RAW_EXTENSIONS])
+        for which in ("photo", "painting"):
+            upload = widgets.FileUpload(accept=accepted, description=f"Your {which}\n")
             upload.observe(functools.partial(self._take_upload, which), names="value")
             self.uploads[which] = upload
-        self.upload_row.children = [self.uploads["photo"], self.uploads["painting"]]
+        self.upload_row.children = list(self.uploads.values())
         for widget in _parts_of(self):
             # ipykernel 7.4 would send clicks to the shell in which the widget was made, which is
             # busy while cells run, and not to the one that the page asks for.
@@ -4102,25 +4002,20 @@ class Panel(widgets.HBox):
         self._renew_uploads()
         self._show_chosen()
 
-    def _show(self, page: str, line: str) -> None:
-        self.page.value = page
-        if self.result is not None:
-            self.paint_button.description = f"Painting … {self.result.progress:.0%}"
-
-    def _offer_file(self, run: _PanelRun, step: Step, save: bool) -> str:
+    def _offer_file(self, step: Step, save: bool) -> str:
         """Show the result at the chosen strength as its file has it, and a link with that file."""
         chosen = strength, kind = self.strength.value, self.format.value
-        sources = run.sources["photo"], [run.sources["painting"]]
+        sources = self.painted["photo"], [self.painted["painting"]]
         name, extension = _result_name(*sources), _EXTENSIONS[kind]
-        blend = step if strength == 1 else blend_with_photo(step, run.photo, strength)
+        blend = step if strength == 1 else blend_with_photo(step, step.job.content, strength)
         data = _encode(blend, *sources, kind)
         sentence = "Not saved yet: download it, or press Save."
         if save:
             try:
-                run.files[chosen] = _write_new_file(data, self.folder, extension, name)
+                self.files[chosen] = _write_new_file(data, self.folder, extension, name)
             except OSError as error:
                 sentence = f"The picture is not saved: {_sentence_of(error)}"
-        path = run.files.get(chosen)
+        path = self.files.get(chosen)
         self.save_button.disabled = path is not None
         name = f"{_with_time(name)}.{extension}" if path is None else path.name
         self.link.value = _download_link(name, _data_address(data, kind))
@@ -4128,35 +4023,51 @@ class Panel(widgets.HBox):
         self.page.value = picture_tag(Image.open(io.BytesIO(data)), alt)
         return sentence if path is None else f"Saved as {path}."
 
-    def _offer(self, run: _PanelRun, outcome: str = "", save: bool = False) -> None:
+    def _offer(self, outcome: str = "", save: bool = False) -> None:
         """Offer the result, if there is one, and say so after the ``outcome`` of its run."""
         words = [outcome] if outcome else []
-        if run.step is not None:
+        if self.result is not None:
             try:
-                words.append(self._offer_file(run, run.step, save))
+                words.append(self._offer_file(self.result, save))
             except Exception as error:
                 words.append(f"The picture is not saved: {_sentence_of(error)}")
-            words += run.step.job.notes
+            words += self.result.job.notes
         self._say(" ".join(words))
 
     def _take_choice(self, save: bool = False) -> None:
         """Offer the result at the strength and in the format that are chosen now."""
-        if self.run is not None and not self.is_painting:
-            self._offer(self.run, save=save)
+        if self.result is not None and not self.is_painting:
+            self._offer(save=save)
 
-    def _paint(self, run: _PanelRun, steps: Iterator[Step]) -> None:
+    def _show(self, page: str, line: str) -> None:
+        self.page.value = page
+        percentage, *_ = line.split("|")
+        self.paint_button.description = f"Painting … {percentage.strip()}"
+
+    def _until_stopped(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps up to the one that fails, or during which Stop is pressed."""
+        try:
+            for step in steps:
+                yield step
+                if self.stopping.is_set():
+                    return
+        except KeyboardInterrupt:  # only where there is no thread
+            return
+        except Exception as error:
+            self.problem = _sentence_of(error)
+
+    def _paint(self, steps: Iterator[Step]) -> None:
         """Paint until the run is done or stopped, and save what there is."""
         try:
-            steps = autosave(_until_stopped(steps, run), self.folder)
-            for step in watch(steps, self._show):
-                run.step = step
-        except KeyboardInterrupt:  # while the page was drawn, as below
+            for step in watch(autosave(self._until_stopped(steps), self.folder), self._show):
+                self.result = step
+        except KeyboardInterrupt:  # while the page was drawn, as above
             pass
         except Exception as error:
-            run.problem = _sentence_of(error)
-        is_done = run.step is not None and run.step.number == run.step.total
-        self._offer(run, run.problem or ("Done." if is_done else "Stopped."), save=True)
-        self.strength.disabled = run.step is None
+            self.problem = _sentence_of(error)
+        is_done = self.result is not None and self.result.number == self.result.total
+        self._offer(self.problem or ("Done." if is_done else "Stopped."), save=True)
+        self.strength.disabled = self.result is None
         self.stop_button.disabled = True
         self.paint_button.description = "Paint"
         self.is_painting = False
@@ -4170,12 +4081,14 @@ class Panel(widgets.HBox):
         self._renew_uploads()
         try:
             photo, painting = self.load()
-            begin = functools.partial(stylize, visible=self.visible, cutout=self.cutout)
-            steps = begin(photo, painting, self.config, network=self._load_network())
+            options: Any = {"visible": self.visible, "cutout": self.cutout}
+            steps = stylize(photo, painting, self.config, network=self.network, **options)
         except Exception as error:
             self._say(_sentence_of(error))
             return
-        self.run, self.is_painting = _PanelRun(dict(self.sources), photo), True
+        self.painted, self.result, self.files, self.problem = dict(self.sources), None, {}, ""
+        self.stopping.clear()
+        self.is_painting = True
         self.strength.disabled = self.save_button.disabled = True
         self.stop_button.disabled = False
         self.strength.value = 1.0
@@ -4184,7 +4097,7 @@ class Panel(widgets.HBox):
         self.paint_button.description = "Painting …"
         self._say("Painting. Stop keeps the picture so far.")
         context = contextvars.copy_context()  # without it, ipykernel 7.0 lets no thread speak
-        self.thread = Thread(target=context.run, args=[self._paint, self.run, steps], daemon=True)
+        self.thread = Thread(target=context.run, args=[self._paint, steps], daemon=True)
         if _is_in_colab():
             self.thread.run()  # Colab draws nothing for threads
         else:
@@ -4192,6 +4105,6 @@ class Panel(widgets.HBox):
 
     def stop(self) -> None:
         """Stop the run, and keep its picture so far."""
-        if self.run is not None and self.is_painting:
-            self.run.stopping.set()
+        if self.is_painting:
+            self.stopping.set()
             self._say("Stopping ...")

@@ -26,14 +26,9 @@ SMALL = {"max_size": 64, "quality": '"quick"', "weights": '"bundled"'}
 def set_forms(notebook, **values: object) -> None:
     """Change what the forms assign."""
     for name, value in values.items():
-        count = 0
-        for cell in notebook.cells:
-            if "#@param" in cell.source:
-                cell.source, found = re.subn(
-                    rf"(?m)^{name} = \S+", f"{name} = {value}", cell.source
-                )
-                count += found
-        assert count == 1, name
+        assignment = re.compile(rf"^{name} = \S+(?=.*#@param)", re.MULTILINE)
+        (form,) = [cell for cell in notebook.cells if assignment.search(cell.source)]
+        form.source = assignment.sub(f"{name} = {value}", form.source)
 
 
 def copy_project(folder: Path, **values: object) -> Path:
@@ -44,11 +39,6 @@ def copy_project(folder: Path, **values: object) -> Path:
     set_forms(notebook, **values)
     nbformat.write(notebook, folder / NOTEBOOK.name)
     return folder / NOTEBOOK.name
-
-
-def the_form():
-    (form,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    return form
 
 
 def saved_in(folder: Path, outputs: str = "outputs") -> Path:
@@ -90,7 +80,8 @@ def test_it_is_small_enough_to_be_shown_on_a_web_page():
 
 
 def test_the_form_has_the_default_settings_and_the_config_takes_each():
-    assigned = [node for node in ast.parse(the_form().source).body if isinstance(node, ast.Assign)]
+    (form,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [node for node in ast.parse(form.source).body if isinstance(node, ast.Assign)]
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
     for name in ("content_picture", "style_picture"):
         assert (ROOT / values.pop(name)).is_file()
@@ -126,15 +117,8 @@ def test_every_link_to_a_section_leads_to_one():
 def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     forms = {"control": '"color"', "photo_folder": '"my"', "kept_part": '"images/mask_sky.png"'}
     copy_project(tmp_path, **SMALL, **forms)
-    command = [
-        *readme_command("papermill"),
-        "-p",
-        "output_folder",
-        "on/drive",
-        "-p",
-        "lesson",
-        "False",
-    ]
+    options = ["-p", "output_folder", "on/drive", "-p", "lesson", "False"]
+    command = [*readme_command("papermill"), *options]
     photo, painting = (word for word in command if word.endswith(".jpg"))
     (tmp_path / "my").mkdir()
     shutil.copy(IMAGES / "chelsea.png", tmp_path / photo)

@@ -1,6 +1,5 @@
 """The panel and the downloads, here without a browser."""
 
-import base64
 import html
 import io
 import json
@@ -18,6 +17,7 @@ import torch
 from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, ours, record_in
 from IPython.core.events import EventManager, available_events
 from PIL import Image
+from test_figures import files_on
 from traitlets import Bunch
 
 import nst_helpers as nst
@@ -29,11 +29,6 @@ with Image.open(SOURCES["painting"]) as picture:  # of which the right half is c
     half = picture.resize((60, 40)).convert("RGBA")
 half.paste((255, 255, 255, 0), (30, 0, 60, 40))
 CUT_OUT = encoded(half)
-
-
-def files_on(widget) -> list[bytes]:
-    """The files that the HTML of a widget holds."""
-    return [base64.b64decode(data) for data in re.findall(r'base64,([^"]*)"', widget.value)]
 
 
 def words_on(widget) -> str:
@@ -64,13 +59,13 @@ def displayed(monkeypatch) -> list[object]:
     return shown
 
 
-def test_the_kernel_is_asked_and_not_the_packages(monkeypatch, colab):
+MISSING = {"photo": "no such.jpg", "painting": "nor this.jpg"}
+
+
+def test_outside_colab_nothing_is_asked(monkeypatch, colab):
     """Kaggle's image is built on Colab's: the package is there, the page that answers is not."""
-    assert nst._is_in_colab()
     monkeypatch.setattr(nst, "get_ipython", lambda: None)
-    assert not nst._is_in_colab()
-    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
-    assert nst.choose_pictures(**missing) == missing
+    assert nst.choose_pictures(**MISSING) == MISSING
 
 
 # As in VS Code (googlecolab/colab-vscode, issue 276) and where third-party cookies are blocked
@@ -80,24 +75,9 @@ BROKEN = RuntimeError("TypeError: Cannot read property '_uploadFiles' of undefin
 
 def test_where_colabs_upload_fails_a_sentence_says_what_to_do(colab):
     colab.upload = fail(BROKEN)
-    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
     with pytest.warns(nst.StyleTransferWarning, match="Files pane") as caught:
-        assert nst.choose_pictures(**missing) == missing
+        assert nst.choose_pictures(**MISSING) == MISSING
     assert len(ours(caught)) == 1
-
-
-def test_where_colabs_download_fails_a_link_holds_the_file(colab, displayed, tmp_path):
-    colab.download = fail(BROKEN)
-    path = tmp_path / "picture.png"
-    path.write_bytes(CHELSEA)
-    nst.offer_download(path)
-    (shown,) = displayed
-    assert f'download="{path.name}" href="{nst._data_address(CHELSEA, "png")}"' in shown.data
-
-
-def test_outside_colab_the_given_pictures_are_used():
-    given = {"photo": "no such.jpg", "painting": str(SOURCES["painting"])}
-    assert nst.choose_pictures(**given) == given
 
 
 def test_colab_asks_only_for_a_missing_file(colab):
@@ -106,42 +86,45 @@ def test_colab_asks_only_for_a_missing_file(colab):
     colab.answers = [{"../../etc/evil name.png": CHELSEA}, {}]
     pasted = {"photo": f"'{SOURCES['photo']}'", "painting": "https://example.org/a.jpg"}
     assert nst.choose_pictures(**pasted) == pasted
-    missing = {"photo": "no such.jpg", "painting": "nor this.jpg"}
-    assert nst.choose_pictures(**missing) == missing | {"photo": CHELSEA}
+    assert nst.choose_pictures(**MISSING) == MISSING | {"photo": CHELSEA}
 
 
-def test_colab_downloads_a_picture_at_once(colab, tmp_path):
-    nst.offer_download(tmp_path / "picture.png")
-    assert colab.downloads == [str(tmp_path / "picture.png")]
+def test_colab_downloads_a_picture_at_once_or_a_link_holds_it(colab, displayed, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(CHELSEA)
+    nst.offer_download(path)
+    assert colab.downloads == [str(path)]
+    assert displayed == []
+    colab.download = fail(BROKEN)
+    nst.offer_download(path)
+    (shown,) = displayed
+    assert f'download="{path.name}"' in shown.data
+    assert files_on(shown.data) == [CHELSEA]
 
 
 @pytest.mark.parametrize(
     ("path", "address"),
     [
         ("outputs/picture.png", "outputs/picture.png"),
-        ("out #1/100% what?.png", "out%20%231/100%25%20what%3F.png"),
+        ("{here}/out #1/100% what?.png", "out%20%231/100%25%20what%3F.png"),
         ('a:"b".png', "a%3A%22b%22.png"),
-        ("café/写.png", "caf%C3%A9/%E5%86%99.png"),
+        ("{here}/café/写.png", "caf%C3%A9/%E5%86%99.png"),
+        ("../picture.png", None),
+        ("{here}2/a & b.png", None),
     ],
 )
-@pytest.mark.parametrize("is_absolute", [False, True])
-def test_elsewhere_a_link_is_shown(monkeypatch, displayed, tmp_path, path, address, is_absolute):
+def test_elsewhere_a_file_in_the_folder_is_linked_to_and_of_others_the_path_is_shown(
+    monkeypatch, displayed, tmp_path, path, address
+):
     monkeypatch.chdir(tmp_path)
-    nst.offer_download(tmp_path / path if is_absolute else Path(path))
+    path = Path(path.format(here=tmp_path))
+    nst.offer_download(path)
     (shown,) = displayed
-    name = html.escape(Path(path).name)
-    assert f'download="{name}" href="{address}"' in shown.data
-
-
-@pytest.mark.parametrize("path", ["../picture.png", "{}/elsewhere/a & b.png", "{}/notebook2/a.png"])
-def test_of_a_file_outside_the_folder_the_path_is_shown(monkeypatch, displayed, tmp_path, path):
-    (tmp_path / "notebook").mkdir()
-    monkeypatch.chdir(tmp_path / "notebook")
-    path = path.format(tmp_path)
-    nst.offer_download(Path(path))
-    (shown,) = displayed
-    assert html.escape(Path(path).as_posix()) in shown.data
-    assert "href" not in shown.data
+    assert html.escape(path.as_posix()) in shown.data
+    if address is None:
+        assert "href" not in shown.data
+    else:
+        assert f'download="{html.escape(path.name)}" href="{address}"' in shown.data
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "all", True])
@@ -155,6 +138,7 @@ def test_a_wrong_strength_is_refused(shallow, pair, strength):
 def measured(monkeypatch) -> list[object]:
     """The jobs whose speed was measured, which takes no time here."""
     jobs = []
+    monkeypatch.setattr(nst, "_free_bytes", lambda device: 8e9)  # so estimates never change
     monkeypatch.setattr(nst, "_measure_seconds_per_pixel", lambda job: jobs.append(job) or 1e-6)
     return jobs
 
@@ -232,7 +216,7 @@ def assert_offered(panel, path):
     assert str(path) in words_on(panel.status)
     assert panel.save_button.disabled
     assert f'download="{path.name}"' in panel.link.value
-    assert files_on(panel.link) == [path.read_bytes()]
+    assert files_on(panel.link.value) == [path.read_bytes()]
     assert panel.paint_button.description == "Paint"
 
 
@@ -321,7 +305,7 @@ def test_an_upload_is_taken_and_shown_with_its_name_at_once(panel):
     assert panel.sources == {"photo": SOURCES["photo"], "painting": CHELSEA}
     assert "<my> cat.png" in words_on(panel.chosen)
     assert "for the next run" not in words_on(panel.chosen)
-    _, painting = files_on(panel.chosen)
+    _, painting = files_on(panel.chosen.value)
     assert (nst.load_image(painting) - nst.load_image(CHELSEA, 64)).abs().mean() < 0.03
     button = panel.uploads["photo"]
     change = {"name": "value", "new": {"old.png": {"content": CHELSEA}}, "owner": button}
@@ -370,13 +354,13 @@ def test_the_controls_make_the_settings(panel, measured):
     assert [job.config for job in measured] == [SHALLOW]  # measured once, when it was made
 
 
-def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
+def test_the_estimate_is_that_of_the_run(monkeypatch, panel, shallow):
     upload(panel, "painting", CUT_OUT)
     panel.controls["max_size"].value = 256
 
     def estimate(photo, painting, config, network, *, visible, cutout, seconds_per_pixel):
         assert (photo.shape, visible.shape, cutout) == ((1, 3, 171, 256), (1, 3, 40, 60), None)
-        assert (config, network, seconds_per_pixel) == (panel.config, panel.network, 1e-6)
+        assert (config, network, seconds_per_pixel) == (panel.config, shallow, 1e-6)
         return nst.Estimate(83.0, 1.5e9, 7.25e9, 1e-6)
 
     monkeypatch.setattr(nst, "estimate", estimate)
@@ -388,39 +372,35 @@ def test_the_estimate_is_that_of_the_run(monkeypatch, panel):
 def test_paint_makes_and_saves_the_picture_of_the_settings(panel, shallow, tmp_path):
     photo, painting = (nst.load_image(source, SHALLOW.max_size) for source in SOURCES.values())
     expected = last(nst.stylize(photo, painting, SHALLOW, network=shallow)).image
-    panel.stop()  # which does not stop the next run
-    assert panel.stop_button.disabled
     paint(panel)
     assert panel.stop_button.disabled
-    panel.stop()
     assert torch.equal(panel.result.image, expected)
     path = saved(tmp_path)
     assert torch.equal(nst.load_image(path), (expected * 255).round() / 255)
     assert record_in(path)["finished"]
     assert_offered(panel, path)
     assert re.fullmatch(r"china_in_starry_night_\d{8}_\d{6}\.png", path.name)
-    (shown,) = files_on(panel.page)
+    (shown,) = files_on(panel.page.value)
     assert (nst.load_image(shown) - expected).abs().mean() < 0.03
 
 
-def test_paint_pressed_twice_is_one_run_that_says_how_far_it_is(panel, gate):
+def test_while_a_run_paints_it_says_how_far_it_is_and_nothing_else_is_begun(panel, gate, tmp_path):
     panel.start()
     gate.let_through(1)
     assert f" {panel.result.progress:.0%}" in panel.paint_button.description
-    before, run = panel.status.value, panel.run
+    before, thread = panel.status.value, panel.thread
     panel.start()
-    assert panel.run is run
+    assert panel.thread is thread
     assert panel.status.value != before
-    gate.finish(panel)
-
-
-def test_nothing_is_estimated_while_a_run_paints(panel, gate):
-    panel.start()
-    gate.let_through(1)
+    panel.format.value = "jpeg"  # counts at the end
+    assert panel.link.value == ""
     panel.controls["color"].value = "luminance"
-    assert not re.search(r"\d s\b", words_on(panel.chosen))
+    assert not re.search(r"\d s\b", words_on(panel.chosen))  # no time to estimate
     gate.finish(panel)
     assert re.search(r"\d s\b", words_on(panel.chosen))
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".jpg"
+    assert_offered(panel, path)
 
 
 def test_a_run_has_the_settings_and_pictures_of_its_start(panel, gate, tmp_path):
@@ -440,7 +420,7 @@ def test_a_run_has_the_settings_and_pictures_of_its_start(panel, gate, tmp_path)
     assert record["photo"] == nst._sha256_of(SOURCES["photo"])
     assert record["paintings"] == [nst._sha256_of(SOURCES["painting"])]
     panel.strength.value = 0  # the photo that was painted, not the one that is chosen now
-    (blend,) = files_on(panel.link)
+    (blend,) = files_on(panel.link.value)
     photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
     assert torch.equal(nst.load_image(blend), (photo * 255).round() / 255)
     paint(panel)
@@ -460,13 +440,15 @@ def test_stop_keeps_the_picture_so_far(panel, gate, tmp_path, steps):
     assert record_in(path)["finished"] is (steps == 5)  # a stop in the last step comes too late
     assert ("Done." in words_on(panel.status)) is (steps == 5)
     assert_offered(panel, path)
+    paint(panel)  # the next run is not stopped
+    assert panel.result.number == SHALLOW.num_steps
 
 
 def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     assert panel.strength.disabled  # there is nothing to mix yet
     panel.start()
     gate.finish(panel)
-    first, run = saved(tmp_path), panel.run
+    first, thread = saved(tmp_path), panel.thread
     panel.strength.value = 0.5
     panel.strength.value = 0.25
     assert saved(tmp_path) == first  # only Save saves a blend
@@ -474,10 +456,10 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     assert not panel.save_button.disabled
     photo = nst.load_image(SOURCES["photo"], SHALLOW.max_size)
     blend = photo + 0.25 * (panel.result.image - photo)
-    (offered,) = files_on(panel.link)
+    (offered,) = files_on(panel.link.value)
     assert re.search(r'download="china_in_starry_night_\d{8}_\d{6}\.png"', panel.link.value)
     assert (nst.load_image(offered) - blend).abs().max() < 0.01
-    (shown,) = files_on(panel.page)
+    (shown,) = files_on(panel.page.value)
     assert (nst.load_image(shown) - blend).abs().mean() < 0.03
     panel.save_button.click()
     (second,) = set(tmp_path.iterdir()) - {first}
@@ -486,7 +468,7 @@ def test_strength_mixes_the_photo_in_without_a_new_run(panel, gate, tmp_path):
     assert_offered(panel, second)
     panel.strength.value = 1
     assert_offered(panel, first)
-    assert panel.run is run
+    assert panel.thread is thread
     panel.strength.value = 0.75
     panel.start()
     assert panel.strength.value == 1
@@ -504,7 +486,7 @@ def test_the_latest_result_is_offered_in_the_format_that_is_chosen(panel, tmp_pa
     assert webp.suffix == ".webp"
     assert_offered(panel, webp)
     panel.format.value = "jpeg"
-    (offered,) = files_on(panel.link)
+    (offered,) = files_on(panel.link.value)
     assert Image.open(io.BytesIO(offered)).format == "JPEG"
     assert [*tmp_path.iterdir()] == [webp]
     panel.save_button.click()
@@ -513,11 +495,6 @@ def test_the_latest_result_is_offered_in_the_format_that_is_chosen(panel, tmp_pa
     assert nst.read_record(jpeg) == nst.read_record(webp)
     panel.format.value = "webp"
     assert_offered(panel, webp)
-    panel.strength.value = 0.5
-    panel.save_button.click()
-    (blend,) = {*tmp_path.iterdir()} - {webp, jpeg}
-    assert_offered(panel, blend)
-    assert nst.read_record(blend)["strength"] == 0.5
 
 
 def test_a_transparent_result_is_shown_as_it_is_saved(panel, tmp_path):
@@ -525,28 +502,26 @@ def test_a_transparent_result_is_shown_as_it_is_saved(panel, tmp_path):
     paint(panel)
     with Image.open(saved(tmp_path)) as picture:
         assert picture.getchannel("A").getextrema() == (99, 99)
-    (shown,) = files_on(panel.page)
+    (shown,) = files_on(panel.page.value)
     assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (99, 99)
     assert "gradient" in panel.page.value  # the checkerboard
     with pytest.warns(nst.StyleTransferWarning, match="JPEG"):
         panel.format.value = "jpeg"
-    (shown,) = files_on(panel.page)
+    (shown,) = files_on(panel.page.value)
     assert Image.open(io.BytesIO(shown)).mode == "RGB"
 
 
-def test_a_format_chosen_while_a_run_paints_counts_at_its_end(panel, gate, tmp_path):
-    panel.start()
-    gate.let_through(1)
-    panel.format.value = "jpeg"
-    assert panel.link.value == ""
-    gate.finish(panel)
-    (path,) = tmp_path.iterdir()
-    assert path.suffix == ".jpg"
-    assert_offered(panel, path)
+ERRORS = {
+    "Memory <ran> out.": MemoryError("Memory <ran> out."),
+    "ValueError.": ValueError(),
+    "Stopped.": KeyboardInterrupt(),
+}
 
 
-@pytest.mark.parametrize("error", [MemoryError("Memory <ran> out."), ValueError()])
-def test_an_error_is_said_and_the_picture_so_far_is_saved(monkeypatch, panel, tmp_path, error):
+@pytest.mark.parametrize(("words", "error"), ERRORS.items(), ids=ERRORS)
+def test_an_error_is_said_and_the_picture_so_far_is_saved(
+    monkeypatch, panel, colab, tmp_path, words, error
+):
     stylize = nst.stylize
 
     def broken(*args, **kwargs):
@@ -554,11 +529,12 @@ def test_an_error_is_said_and_the_picture_so_far_is_saved(monkeypatch, panel, tm
         raise error
 
     monkeypatch.setattr(nst, "stylize", broken)
-    paint(panel)
+    panel.paint_button.click()
     path = saved(tmp_path)  # and no .partial.png
     assert record_in(path)["step"] == 1
-    assert (str(error) or "ValueError") in words_on(panel.status)
+    assert words in words_on(panel.status)
     assert_offered(panel, path)
+    assert not panel.is_painting
 
 
 def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel, tmp_path):
@@ -571,7 +547,7 @@ def test_a_full_disk_is_said_and_the_result_stays(monkeypatch, panel, tmp_path):
     paint(panel)
     assert "No space left" in words_on(panel.status)
     assert panel.result.number == SHALLOW.num_steps
-    (offered,) = files_on(panel.link)  # it can be downloaded all the same
+    (offered,) = files_on(panel.link.value)  # it can be downloaded all the same
     panel.status.value = ""
     panel.save_button.click()
     assert "No space left" in words_on(panel.status)
@@ -591,59 +567,40 @@ def test_a_missing_photo_is_said_and_another_is_taken(shallow, tmp_path, measure
     assert saved(tmp_path).name.startswith("my_cat_100_tar_in_starry_night_")
 
 
-def test_of_a_cut_out_painting_only_what_is_visible_counts(panel):
+def test_of_cut_out_pictures_only_what_is_visible_counts(panel):
     assert panel.visible is None
     upload(panel, "painting", CUT_OUT)
-    paint(panel)
-    (visible,) = panel.result.job.visible
-    assert visible.shape == (1, 3, 40, 60)
-    assert visible[..., :30].min() == 1
-    assert visible[..., 30:].max() == 0
-
-
-def test_the_hidden_part_of_a_cut_out_photo_is_not_painted_as_white(panel):
     upload(panel, "photo", CUT_OUT)
     photo, _ = panel.load()
-    assert photo[..., 35:].max() < 0.9
+    assert photo[..., 35:].max() < 0.9  # the hidden part is not painted as white
     paint(panel)
-    (shown,) = files_on(panel.page)
-    assert Image.open(io.BytesIO(shown)).getchannel("A").getextrema() == (0, 255)
+    (visible,) = panel.result.job.visible
+    for mask in (visible, panel.result.job.cutout):
+        assert mask.shape == (1, 3, 40, 60)
+        assert mask[..., :30].min() == 1
+        assert mask[..., 30:].max() == 0
 
 
-def test_an_upload_outlives_running_the_cell_again(panel, shallow, tmp_path):
+def test_uploads_and_choices_outlive_running_the_cell_again(panel, shallow, tmp_path):
     upload(panel, "photo", CHELSEA)
-    again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
-    assert again.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
-    other = SOURCES | {"photo": IMAGES / "stained_glass.jpg"}
-    changed = nst.Panel(SHALLOW, other, tmp_path, network=shallow, earlier=again)
-    assert changed.sources == other
-
-
-def test_choices_outlive_running_the_cell_again(panel, shallow, tmp_path):
     panel.controls["style_weight"].value = 3
     panel.controls["quality"].value = "best"
     panel.format.value = "webp"
     again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert again.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
     assert again.config == panel.config
     assert again.format.value == "webp"
     changed = replace(SHALLOW, quality="normal", style_weight=7)
-    again = nst.Panel(changed, SOURCES, tmp_path, network=shallow, earlier=panel)
-    assert again.config == changed
+    other = SOURCES | {"photo": IMAGES / "stained_glass.jpg"}
+    newest = nst.Panel(changed, other, tmp_path, network=shallow, earlier=again)
+    assert newest.config == changed
+    assert newest.sources == other
 
 
 def test_colab_paints_in_the_foreground(panel, colab, tmp_path):
     panel.paint_button.click()
     assert not panel.is_painting  # though nobody waited
     assert_offered(panel, saved(tmp_path))
-
-
-def test_colab_can_paint_again_after_an_interrupt(monkeypatch, panel, colab):
-    monkeypatch.setattr(nst, "stylize", lambda *_, **__: map(fail(KeyboardInterrupt()), [1]))
-    panel.paint_button.click()
-    assert not panel.is_painting
-
-
-# It goes on ---------------------------------------------------------------------------------------
 
 
 def test_a_network_that_cannot_be_loaded_is_a_sentence_and_can_be_loaded_later(tmp_path, shallow):
@@ -659,20 +616,11 @@ def test_a_network_that_cannot_be_loaded_is_a_sentence_and_can_be_loaded_later(t
     assert_offered(panel, saved(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-        FloatingPointError("Step 1 gave a NaN"),
-        RuntimeError("CUDA error: unknown error"),
-    ],
-)
-def test_an_estimate_that_fails_is_a_sentence_and_paint_still_works(
-    monkeypatch, shallow, tmp_path, error
-):
+def test_an_estimate_that_fails_is_a_sentence_and_paint_still_works(monkeypatch, shallow, tmp_path):
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     monkeypatch.setattr(nst, "_measure_seconds_per_pixel", fail(error))
     panel = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow)
-    assert str(error).rstrip(".") in words_on(panel.chosen)
+    assert str(error) in words_on(panel.chosen)
     paint(panel)
     assert_offered(panel, saved(tmp_path))
 
