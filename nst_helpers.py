@@ -54,7 +54,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock, RLock, Thread
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import ipywidgets as widgets
@@ -1833,7 +1833,7 @@ def _keep_freed_memory(keep: bool) -> None:
 
 # Recovery -----------------------------------------------------------------------------------------
 
-_STEP_LOCK = Lock()  # runs that share the cores in parallel are slower than taking turns
+_STEP_LOCK = RLock()  # runs that share the cores in parallel are slower than taking turns
 _SECONDS_BETWEEN_LOOKS = 0.2  # at what other processes do
 _SHRINK_AFTER_MEMORY = 1 / math.sqrt(2)  # of the sides, when memory runs out: half the pixels
 
@@ -3402,10 +3402,15 @@ def live_view() -> _Show:
 # Sweeps -------------------------------------------------------------------------------------------
 
 
+def _printable(text: str) -> str:
+    """The text, with a ? for each letter that the console, or a page, cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 def _make_bar(runs: int) -> tqdm:
-    # On stderr, which writes what an old console cannot show in another way.
     form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
-    return tqdm(total=runs, leave=False, bar_format=form)
+    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form)
 
 
 def sweep(
@@ -3445,7 +3450,7 @@ def sweep(
     try:
         with _make_bar(len(runs)) as bar:
             for number, (label, steps) in enumerate(runs.items()):
-                bar.set_description(label)
+                bar.set_description(_printable(label))
                 for step in steps:
                     results[label] = step.image
                     bar.update(number + step.progress - bar.n)
@@ -3485,6 +3490,7 @@ def _find_photos(
 ) -> dict[_Photo, Path]:
     """{photo: the folder of its result, within the output folder}; see ``paint_folder``."""
     found: dict[_Photo, Path] = {}
+    passed_over = []
     if not isinstance(photos, (str, os.PathLike)):
         for source in map(_place_of, photos):
             found[source if _ADDRESS.match(source) else Path(source)] = Path()
@@ -3492,14 +3498,26 @@ def _find_photos(
         raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
     else:
         for folder, below, names in os.walk(root):
-            below[:] = sorted(name for name in below if recursive and not name.startswith("."))
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            place = Path(folder).relative_to(root)
             pictures = filter(_is_photo, [Path(folder, name) for name in sorted(names)])
-            found |= dict.fromkeys(pictures, Path(folder).relative_to(root))
+            if recursive or place == Path():
+                found |= dict.fromkeys(pictures, place)
+            elif any(pictures):
+                passed_over.append(place.as_posix())
+    listed = textwrap.shorten(", ".join(passed_over), 200, placeholder=" …")
+    advice = f": recursive=True takes those in {listed} too" if passed_over else ""
     if not found:
         problem = f"photos must hold at least one picture, but {_shown(photos)} has none"
-        advice = "" if recursive else ": recursive=True takes those in its subfolders too"
         raise ValueError(f"{problem}{advice}.")
+    if passed_over:
+        _warn(f"The photos in subfolders are passed over{advice}.")
     return found
+
+
+def _stem_of(photo: _Photo) -> str:
+    """What the name of the photo's result begins with."""
+    return Path(_file_name_of(photo)).stem[:50]  # a system allows 255 bytes in all
 
 
 def _find_results(
@@ -3512,7 +3530,7 @@ def _find_results(
     """{photo: its finished picture}, of this painting and with these settings, if there is one."""
     asked = json.loads(json.dumps(_asked(config, network)))  # with lists for tuples
     wanted = {"paintings": [_sha256_of(painting) or "without a file"], "finished": True}
-    finished: dict[tuple[Path, str | None], Path] = {}
+    finished: dict[tuple[Path, str], list[Path]] = {}
     for place in {*places.values()}:
         for path in sorted((folder / place).glob("*")):
             record = _remembered(path)
@@ -3522,11 +3540,16 @@ def _find_results(
                 and asked == record["settings"] | record.get("asked", {})
                 and {*record.get("own_pictures", [])} <= {"visible", "cutout"}  # of the files
             ):
-                finished[place, record["photo"]] = path
-    if not finished:  # no photo need be read, or downloaded
-        return dict.fromkeys(places)
-    digests = {photo: _sha256_of(photo) or "without a file" for photo in places}
-    return {photo: finished.get((place, digests[photo])) for photo, place in places.items()}
+                finished.setdefault((place, record["photo"]), []).append(path)
+    results: dict[_Photo, Path | None] = dict.fromkeys(places)
+    for photo, place in places.items() if finished else ():
+        found = finished.get((place, _sha256_of(photo) or "without a file"))
+        if found:  # two photos with the same bytes take one each
+            stem = _stem_of(photo)
+            taken = min(found, key=lambda path: (not path.name.startswith(stem), len(path.name)))
+            found.remove(taken)
+            results[photo] = taken
+    return results
 
 
 def _sentence_of(error: Exception) -> str:
@@ -3562,7 +3585,7 @@ def _show_contact_sheet(files: Mapping[_Photo, Path], folder: Path, is_new: bool
             sheet.save(file, "JPEG", quality=90)
             _write_new_file(file.getvalue(), folder, "jpg", "contact_sheet")
         if get_ipython() is not None:
-            names = ", ".join(map(_file_name_of, files)).encode(errors="replace").decode()
+            names = _printable(", ".join(map(_file_name_of, files)))
             alt = textwrap.shorten(f"The results, painted from {names}", 200)
             display(HTML(picture_tag(sheet, alt, min(1024, max(sheet.size)))))
     except Exception as error:  # the pictures are saved
@@ -3576,7 +3599,7 @@ def _try_each(photos: Sequence[_Photo], paint: Callable[[_Photo], Iterator[Step]
         for number, photo in enumerate(photos):
             name = _file_name_of(photo) or str(photo)
             place = f"{name}, {number + 1} of {len(photos)}"
-            bar.set_description(place)
+            bar.set_description(_printable(place))
             try:
                 for step in paint(photo):
                     bar.update(number + step.progress - bar.n)
@@ -3614,6 +3637,7 @@ def paint_folder(
     network: what ``load_network`` gave, to reuse.
     format, keep_exif, dpi: as ``save_image`` takes them.
     recursive: take the photos of subfolders too, each result in the subfolder of the same name.
+        Otherwise, a ``StyleTransferWarning`` names those that hold photos.
 
     A photo that fails has ``None``, and a ``StyleTransferWarning`` at the end says why; the others
     are painted. If all fail, that is a ``RuntimeError``. Raises ``ValueError`` if there are no
@@ -3635,9 +3659,8 @@ def paint_folder(
         options: Any = {"network": network, "visible": visible, "cutout": cutout}
         for step in stylize(content, style, config, **options):
             yield step
-        stem = Path(_file_name_of(photo)).stem[:50]  # a system allows 255 bytes in all
-        place = folder / places[photo]
-        files[photo] = save(step, place, photo=photo, paintings=[painting], name=stem or None)
+        place, name = folder / places[photo], _stem_of(photo)
+        files[photo] = save(step, place, photo=photo, paintings=[painting], name=name or None)
 
     problems = _try_each(missing, paint)
     painted = {photo: file for photo, file in files.items() if file is not None}
@@ -3741,8 +3764,9 @@ def offer_download(path: Path) -> None:
 # The panel ----------------------------------------------------------------------------------------
 
 # An upload button's second line is cut off: it is a number of files, which ipywidgets adds. Where
-# JupyterLab marks each widget that has lost its kernel, the panel says once what to do.
-_PANEL_CSS = """<style>
+# JupyterLab marks each widget that has lost its kernel, the panel says once what to do. Run All
+# leaves the page at its end: when the panel is there, it comes into view, once.
+_PANEL_CSS = """<style onload="this.onload = null; this.closest('.nst-panel').scrollIntoView()">
 .nst-panel { gap: 12px; }
 .nst-panel .widget-upload { white-space: pre; }
 .nst-panel .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
@@ -3831,7 +3855,7 @@ class Panel(widgets.HBox):
         self._make_widgets()
         if earlier is not None:
             self._replace(earlier)
-        if get_ipython() is not None:
+        if hasattr(get_ipython(), "kernel"):  # not in a terminal
             get_ipython().events.register("pre_run_cell", self._tell_of_cells)
             get_ipython().events.register("post_run_cell", self._forget_cells)
         self._take_settings()
@@ -3903,7 +3927,7 @@ class Panel(widgets.HBox):
             if getattr(earlier.first_config, name) == getattr(self.first_config, name):
                 control.value = earlier.controls[name].value
         self.format.value = earlier.format.value
-        if get_ipython() is not None:
+        if hasattr(get_ipython(), "kernel"):
             get_ipython().events.unregister("pre_run_cell", earlier._tell_of_cells)
             get_ipython().events.unregister("post_run_cell", earlier._forget_cells)
         for widget in (earlier, *earlier.replaced_uploads):
@@ -4059,8 +4083,9 @@ class Panel(widgets.HBox):
     def _paint(self, steps: Iterator[Step]) -> None:
         """Paint until the run is done or stopped, and save what there is."""
         try:
-            for step in watch(autosave(self._until_stopped(steps), self.folder), self._show):
-                self.result = step
+            with _STEP_LOCK:  # someone waits for this run: those of cells go on after it
+                for step in watch(autosave(self._until_stopped(steps), self.folder), self._show):
+                    self.result = step
         except KeyboardInterrupt:  # while the page was drawn, as above
             pass
         except Exception as error:
