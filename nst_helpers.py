@@ -2221,30 +2221,25 @@ _Source = _File | Image.Image | np.ndarray
 
 # Pillow reads more formats, such as EPS, for which it runs a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
-_WRAPPING = " \t\r\n\"'<>"  # what may be pasted around a path
+_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
 _ADDRESS = re.compile("data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DOWNLOAD_LIMIT = 100_000_000  # bytes
 _DOWNLOAD_SECONDS = 120
 _STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
-_HEAD_BYTES = 2**16  # where a file says what it is
-_LEAST_CONTRAST = 0.04  # of the range of 1: less is one colour
-_QUOTED_LETTERS = 200  # of a name or an error, in an error
-_TEXT_BYTES = 2**27  # of a PNG's texts and profile: a workflow, of which Pillow would refuse 1 MB
 _PNG_LOCK = Lock()  # two threads that change and restore Pillow's limits would mix them up
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
-_PLAIN_COLORS = (1, 2)  # TIFF's numbers of greys, of which 0 is black, and of RGB
-_SENSOR_COLORS = (32803, 34892)
-_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# How files begin that Pillow does not read, or only by their preview.
+_RAW = re.compile(rb"FUJIFILM|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM|.{4}ftypcrx|.{8}CR\x02", re.DOTALL)
+_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+_HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _WEB_PAGE = re.compile(rb"<(!doctype html|html|head|body|meta|div|p|h1)\b", re.IGNORECASE)
 # A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
 _HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
 
 
 class _PictureError(ValueError):
-    """Carries a sentence that ``load_image`` raises unchanged."""
+    """A sentence of ours, which needs no "cannot be read" around it."""
 
 
 class _Upload(bytes):
@@ -2261,13 +2256,13 @@ class _Upload(bytes):
 def _brief(text: object) -> str:
     """What an error quotes of a text: a data: address may have a million letters."""
     quoted = str(text)
-    return quoted if len(quoted) <= _QUOTED_LETTERS else f"{quoted[:_QUOTED_LETTERS]} …"
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]} …"
 
 
 def _place_of(source: str | os.PathLike) -> str:
     """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
     text = os.fspath(source)
-    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(_WRAPPING))  # a Path eats a slash
+    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(" \t\r\n\"'<>"))  # a Path eats a slash
     if plain.lower().startswith("file:"):
         kept = plain.replace("#", "%23").replace("?", "%3F")  # they belong to the name here
         _, host, path, *_ = urllib.parse.urlsplit(kept)
@@ -2280,10 +2275,10 @@ def _place_of(source: str | os.PathLike) -> str:
         escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
         tried = [plain, text, *escaped]
     # A Mac writes é as two letters in the names of files, a keyboard as one.
-    spell = unicodedata.normalize
-    for folder, name in [os.path.split(path) for path in tried]:
-        tried += [os.path.join(spell("NFC", folder), spell(form, name)) for form in ("NFC", "NFD")]
-        tried += [os.path.join(spell("NFD", folder), spell(form, name)) for form in ("NFC", "NFD")]
+    spell: Any = unicodedata.normalize
+    for path, form, other in itertools.product([*tried], ("NFC", "NFD"), ("NFC", "NFD")):
+        folder, name = os.path.split(path)
+        tried.append(os.path.join(spell(form, folder), spell(other, name)))
     paths = [os.path.expanduser(path) for path in tried]
     return next(filter(os.path.exists, paths), paths[0])
 
@@ -2294,18 +2289,18 @@ def _file_name_of(source: _Source | None) -> str:
         return source.name
     place = _place_of(source) if isinstance(source, (str, os.PathLike)) else ""
     if _ADDRESS.match(place):
-        is_data = place.lower().startswith("data:")
-        place = "" if is_data else urllib.parse.unquote(urllib.parse.urlsplit(place).path)
+        address = urllib.parse.urlsplit(place)
+        place = "" if address.scheme == "data" else urllib.parse.unquote(address.path)
     return Path(place).name
 
 
 def _name_of(source: _Source) -> str:
     """What an error calls the source."""
-    if isinstance(source, (str, os.PathLike, _Upload)):
-        name = source.name if isinstance(source, _Upload) else _place_of(source)
-        return f"'{_brief(name)}'"
-    is_decoded = isinstance(source, (Image.Image, np.ndarray))
-    return "the picture" if is_decoded else "the uploaded picture"
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return "the picture"
+    if isinstance(source, (str, os.PathLike)):
+        return f"'{_brief(_place_of(source))}'"
+    return f"'{_brief(source.name)}'" if isinstance(source, _Upload) else "the uploaded picture"
 
 
 @functools.lru_cache(maxsize=2)  # a result is saved with its photo: what was painted, not newer
@@ -2356,23 +2351,8 @@ def _open_file(source: Any) -> IO[bytes]:
     return io.BytesIO(bytes(data))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    """The picture in an array; ``ValueError`` if it holds none."""
-    grey = array[:, :, 0] if array.shape[2:] == (1,) else array
-    is_picture = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
-    is_float = array.dtype.kind == "f"
-    is_bounded = not is_float or ((array >= 0) & (array <= 1)).all()
-    if not is_picture or not is_bounded or not (is_float or array.dtype in (np.uint8, np.bool_)):
-        allowed = "of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or numbers"
-        limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
-        given = f"{array.shape} {array.dtype}{limits}"
-        raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
-    levels = grey if array.dtype == np.uint8 else (grey * 255.0).round()
-    return Image.fromarray(levels.astype(np.uint8))
-
-
 def _from_numbers(numbers: np.ndarray) -> Image.Image:
-    """The picture in an array of 16 or 32 bits, or of floating-point numbers."""
+    """The picture in an array of other numbers than bytes."""
     brightest = np.nan_to_num(numbers).max()
     # It does not say what white is: the smallest of these that no pixel exceeds.
     whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
@@ -2381,21 +2361,26 @@ def _from_numbers(numbers: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
+def _from_array(array: np.ndarray) -> Image.Image:
+    """The picture in an array; ``ValueError`` if it holds none."""
+    grey = array[:, :, 0] if array.shape[2:] == (1,) else array
+    is_picture = grey.ndim > 1 and grey.shape[2:] in ((), (3,), (4,))
+    is_number = array.dtype.kind in "fb" or array.dtype == np.uint8
+    is_bounded = array.dtype.kind != "f" or ((array >= 0) & (array <= 1)).all()
+    if not (is_picture and is_number and is_bounded):
+        allowed = "of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or numbers"
+        limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
+        given = f"{array.shape} {array.dtype}{limits}"
+        raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
+    return Image.fromarray(grey) if array.dtype == np.uint8 else _from_numbers(grey)
+
+
 def _light_to_srgb(rgb: Image.Image) -> Image.Image:
     """A picture in RGB or RGBA whose colours are in proportion to light, in sRGB."""
     lights = [level / 255 for level in range(256)]
     curve = [12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055 for x in lights]
     levels = [round(255 * value) for value in curve] * 3 + list(range(256))  # the same alpha
     return rgb.point(levels[: 256 * len(rgb.mode)])
-
-
-def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb``, in RGB or RGBA, in sRGB by the profile of ``picture``; an error if that is unfit."""
-    is_grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith(("I", "F"))
-    colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-    profile, srgb = io.BytesIO(picture.info["icc_profile"]), ImageCms.createProfile("sRGB")
-    converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
-    return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
 
 
 def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
@@ -2410,12 +2395,15 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
         picture.info = info
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
-    if picture.mode == "LAB":
-        return rgb
-    if not picture.info.get("icc_profile"):
+    profile = picture.info.get("icc_profile")
+    if picture.mode == "LAB" or not profile:
         return _light_to_srgb(rgb) if is_linear else rgb
     try:
-        return _apply_profile(picture, rgb)
+        is_grey = picture.mode in ("1", "L", "LA")
+        colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+        own, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+        converted: Any = ImageCms.profileToProfile(colors, own, srgb, outputMode="RGB")
+        return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
     except ImageCms.PyCMSError as error:
         _warn(f"The colour profile of {name} is not used, so colours may be off: {_brief(error)}")
         return rgb
@@ -2452,8 +2440,7 @@ def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
 
 
 def _refuse_large(width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
-    if limit is not None and width * height > limit:
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow only warns up to twice that
         raise Image.DecompressionBombError(f"({width * height} pixels)")  # as Pillow's
 
 
@@ -2525,9 +2512,9 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
         pages: Any = tiff.pages
         page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
         _refuse_large(page.imagewidth, page.imagelength)
-        if page.photometric in _SENSOR_COLORS:
+        if page.photometric in (32803, 34892):  # of a sensor
             return _read_raw(file, max_size, name)
-        if page.photometric not in _PLAIN_COLORS or page.samplesperpixel > 4:
+        if page.photometric not in (1, 2) or page.samplesperpixel > 4:  # grey, RGB
             raise ValueError(f"it has {page.samplesperpixel} samples of {page.photometric!r}")
         array = page.asarray()
     if "S" in page.axes:  # samples: the colours, and perhaps an alpha
@@ -2541,10 +2528,10 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
 
 def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
     """A file that Pillow does not know, or a sentence that says what it is."""
-    if head.startswith(_TIFF_STARTS):
+    if _TIFF.match(head):
         file.seek(0)
         return _read_wide_tiff(file, max_size, name)
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+    if _HEIC.match(head):
         advice = "to read it, run 'pip install pillow-heif', or export it as JPEG"
         problem = "HEIC, but damaged or cut off" if pillow_heif else f"HEIC: {advice}"
         raise _PictureError(f"{name} is {problem}.")
@@ -2557,7 +2544,7 @@ def _large_texts() -> Iterator[None]:
     """Let Pillow read a PNG with large texts, such as a workflow, or a large profile."""
     with _PNG_LOCK:
         limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _TEXT_BYTES
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # bytes
         try:
             yield
         finally:
@@ -2566,9 +2553,9 @@ def _large_texts() -> Iterator[None]:
 
 def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     """A picture file in RGB or RGBA; errors as those of Pillow."""
-    head = file.read(_HEAD_BYTES)
+    head = file.read(2**16)  # where a file says what it is
     file.seek(0)
-    is_raw = head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2"
+    is_raw = _RAW.match(head)
     try:
         opened = _read_raw(file, max_size, name) if is_raw else _identify(file, max_size)
     except UnidentifiedImageError:
@@ -2598,17 +2585,15 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
             return _first_to_show(picture.copy(), name)
         with file, _large_texts():
             return _read(file, max_size, name)
-    except (MemoryError, StyleTransferWarning):
+    except (MemoryError, StyleTransferWarning, _PictureError):
         raise
-    except _PictureError as error:
-        raise ValueError(str(error)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        pixels = int("".join(re.findall(r"\((\d+) pixels\)", str(error))))
+        (pixels,) = re.findall(r"\((\d+) pixels\)", str(error))
         limit = f"over the limit of {Image.MAX_IMAGE_PIXELS:,}"
-        raise ValueError(f"{name} has {pixels:,} pixels, {limit}: shrink it first.") from error
+        raise ValueError(f"{name} has {int(pixels):,} pixels, {limit}: shrink it first.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
-        reason = _brief(error)
-        raise ValueError(f"{name} is damaged, cut off, or cannot be read ({reason}).") from error
+        problem = f"damaged, cut off, or cannot be read ({_brief(error)})"
+        raise ValueError(f"{name} is {problem}.") from error
 
 
 def _spread_colors(colors: Tensor, alpha: Tensor) -> Tensor:
@@ -2632,11 +2617,10 @@ def _to_tensor(picture: Image.Image, name: str, max_size: int, upscale: bool = F
         allowed = f"at least {_SMALLEST_SIDE} pixels on each side"
         raise ValueError(f"{name} must have {allowed}, not {width} x {height}.")
     factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
-    height, width = _scaled((height, width), factor if upscale else min(factor, 1))
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)  # weighted by the alpha
-    with torch.device("cpu"):  # torch.set_default_device would reach into torchvision
-        pixels = torchvision.transforms.functional.pil_to_tensor(resized)  # (C, H, W), 0 to 255
-    return (pixels.float() / 255)[None]
+    size = _scaled(picture.size, factor if upscale else min(factor, 1))
+    resized = picture.resize(size, Image.Resampling.LANCZOS)  # weighted by the alpha
+    pixels = torch.from_numpy(np.atleast_3d(np.array(resized)))  # (H, W, C), 0 to 255
+    return (pixels.permute(2, 0, 1).float() / 255)[None]
 
 
 def load_painting(
@@ -2663,7 +2647,7 @@ def load_painting(
     if picture.mode == "RGB" or alpha.min() == 1:
         return image.to(device), None
     filled = _spread_colors(image * alpha, alpha)
-    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < _LEAST_CONTRAST:
+    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < 0.04:
         # A drawing in one colour: its shape is the picture.
         filled = (filled.mean() < 0.5).float().lerp(filled, alpha)
     levels = (255 * filled).round()  # as in any picture
@@ -2709,8 +2693,7 @@ def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> 
         grey = grey.point(lambda level: 255 * level)
     mask = _to_tensor(grey, name, max_size)
     if mask.min() == mask.max():
-        problem = f"The mask {name} is {mask.max().item():.0%} white everywhere"
-        _warn(f"{problem}: it selects no part.")
+        _warn(f"The mask {name} is {mask.max().item():.0%} white everywhere: it selects no part.")
     return mask.expand(1, 3, -1, -1)
 
 
