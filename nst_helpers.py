@@ -62,6 +62,7 @@ import numpy as np
 import pooch
 import psutil
 import pydantic.dataclasses
+import tifffile
 import torch
 import torch.utils.checkpoint
 import torchvision
@@ -75,6 +76,7 @@ from PIL import (
     ImageCms,
     ImageDraw,
     ImageOps,
+    ImageSequence,
     JpegImagePlugin,
     PngImagePlugin,
     UnidentifiedImageError,
@@ -85,6 +87,8 @@ from tqdm import tqdm
 
 try:
     import pillow_heif
+
+    pillow_heif.register_heif_opener()
 except ImportError:  # some platforms have no wheel of it
     pillow_heif = None  # type: ignore[assignment]
 
@@ -2293,30 +2297,23 @@ _Source = _File | Image.Image | np.ndarray
 
 # Pillow reads more formats, such as EPS, for which it runs a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
-_WRAPPING = " \t\r\n\"'<>"  # what may be pasted around a path
+_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
 _ADDRESS = re.compile("data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DOWNLOAD_LIMIT = 100_000_000  # bytes
-_DOWNLOAD_SECONDS = 120
 _STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
-_HEAD_BYTES = 2**16  # where a file says what it is
-_LEAST_CONTRAST = 0.04  # of the range of 1: less is one colour
-_QUOTED_LETTERS = 200  # of a name or an error, in an error
-_TEXT_BYTES = 2**27  # of a PNG's texts and profile: a workflow, of which Pillow would refuse 1 MB
-_PNG_LOCK = Lock()  # two threads that change and restore Pillow's limits would mix them up
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_RAW_STARTS = (b"FUJIFILM", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
-_PLAIN_COLORS = (1, 2)  # TIFF's numbers of greys, of which 0 is black, and of RGB
-_SENSOR_COLORS = (32803, 34892)
-_RAW_EXTENSIONS = [".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"]
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# How files begin that Pillow does not know, or of which it would read a small preview.
+_RAW = re.compile(rb"FUJIFILM|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM|.{4}ftypcrx|.{8}CR\x02", re.DOTALL)
+_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+_HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _WEB_PAGE = re.compile(rb"<(!doctype html|html|head|body|meta|div|p|h1)\b", re.IGNORECASE)
 # A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
 _HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
 
 
 class _PictureError(ValueError):
-    """Carries a sentence that ``load_image`` raises unchanged."""
+    """A sentence of ours, which needs no "cannot be read" around it."""
 
 
 class _Upload(bytes):
@@ -2333,29 +2330,26 @@ class _Upload(bytes):
 def _brief(text: object) -> str:
     """What an error quotes of a text: a data: address may have a million letters."""
     quoted = str(text)
-    return quoted if len(quoted) <= _QUOTED_LETTERS else f"{quoted[:_QUOTED_LETTERS]} …"
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]} …"
 
 
 def _place_of(source: str | os.PathLike) -> str:
     """The path or the address that is meant: people paste quotes, line feeds and file:// too."""
     text = os.fspath(source)
-    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(_WRAPPING))  # a Path eats a slash
+    plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(" \t\r\n\"'<>"))  # a Path eats a slash
     if plain.lower().startswith("file:"):
         kept = plain.replace("#", "%23").replace("?", "%3F")  # they belong to the name here
         _, host, path, *_ = urllib.parse.urlsplit(kept)
         path = urllib.request.url2pathname(path)
         # With two slashes, a computer's name comes first, or a slash was forgotten.
-        tried = [path] if host in ("", "localhost") else [f"//{host}{path}", host + path, path]
+        tried = [path, f"//{host}{path}", host + path]
     elif _ADDRESS.match(plain):
         return plain
     else:  # as it is, as a shell escapes blanks, as Windows has it, as a browser shows it
         escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
         tried = [plain, text, *escaped]
     # A Mac writes é as two letters in the names of files, a keyboard as one.
-    spell = unicodedata.normalize
-    for folder, name in [os.path.split(path) for path in tried]:
-        tried += [os.path.join(spell("NFC", folder), spell(form, name)) for form in ("NFC", "NFD")]
-        tried += [os.path.join(spell("NFD", folder), spell(form, name)) for form in ("NFC", "NFD")]
+    tried += [unicodedata.normalize(form, path) for path in tried for form in ("NFC", "NFD")]
     paths = [os.path.expanduser(path) for path in tried]
     return next(filter(os.path.exists, paths), paths[0])
 
@@ -2366,41 +2360,36 @@ def _file_name_of(source: _Source | None) -> str:
         return source.name
     place = _place_of(source) if isinstance(source, (str, os.PathLike)) else ""
     if _ADDRESS.match(place):
-        is_data = place.lower().startswith("data:")
-        place = "" if is_data else urllib.parse.unquote(urllib.parse.urlsplit(place).path)
+        address = urllib.parse.urlsplit(place)
+        place = "" if address.scheme == "data" else urllib.parse.unquote(address.path)
     return Path(place).name
 
 
 def _name_of(source: _Source) -> str:
     """What an error calls the source."""
-    if isinstance(source, (str, os.PathLike, _Upload)):
-        name = source.name if isinstance(source, _Upload) else _place_of(source)
-        return f"'{_brief(name)}'"
-    is_decoded = isinstance(source, (Image.Image, np.ndarray))
-    return "the picture" if is_decoded else "the uploaded picture"
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return "the picture"
+    if isinstance(source, (str, os.PathLike)):
+        return f"'{_brief(_place_of(source))}'"
+    return f"'{_brief(source.name)}'" if isinstance(source, _Upload) else "the uploaded picture"
 
 
 @functools.lru_cache(maxsize=2)  # a result is saved with its photo: what was painted, not newer
 def _fetch(address: str) -> bytes:
     """What is at an address; ``ConnectionError`` in one sentence for all that can go wrong."""
-    deadline = time.monotonic() + _DOWNLOAD_SECONDS
-    data = bytearray()
     try:
         quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
         request = urllib.request.Request(quoted, headers={"User-Agent": "Mozilla/5.0"})
         with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
-            while block := response.read1(2**16):
-                data += block
-                if len(data) > _DOWNLOAD_LIMIT:
-                    raise ValueError(f"it is over {_DOWNLOAD_LIMIT // 10**6} MB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it took over {_DOWNLOAD_SECONDS} s")
+            data: bytes = response.read(_DOWNLOAD_LIMIT + 1)
+        if len(data) > _DOWNLOAD_LIMIT:
+            raise ValueError(f"it is over {_DOWNLOAD_LIMIT // 10**6} MB")
+        return data
     except Exception as error:  # a download can fail in a dozen ways
         advice = "check the address, or download the picture yourself and give its path"
         reason = _brief(str(error) or type(error).__name__)
         problem = f"'{_brief(address)}' could not be downloaded ({reason})"
         raise ConnectionError(f"{problem}: {advice}.") from error
-    return bytes(data)
 
 
 def _open_file(source: Any) -> IO[bytes]:
@@ -2428,6 +2417,16 @@ def _open_file(source: Any) -> IO[bytes]:
     return io.BytesIO(bytes(data))
 
 
+def _from_numbers(numbers: np.ndarray) -> Image.Image:
+    """The picture in an array of other numbers than those from 0 to 255."""
+    brightest = np.nan_to_num(numbers).max()
+    # It does not say what white is: the smallest of these that no pixel exceeds.
+    whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
+    white = next((white for white in whites if brightest <= white), brightest)
+    levels = np.nan_to_num(numbers.astype(np.float32)) * (255 / white) + 0.5
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     """The picture in an array; ``ValueError`` if it holds none."""
     grey = array[:, :, 0] if array.shape[2:] == (1,) else array
@@ -2439,35 +2438,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
         given = f"{array.shape} {array.dtype}{limits}"
         raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
-    levels = grey if array.dtype == np.uint8 else (grey * 255.0).round()
-    return Image.fromarray(levels.astype(np.uint8))
-
-
-def _from_numbers(numbers: np.ndarray) -> Image.Image:
-    """The picture in an array of 16 or 32 bits, or of floating-point numbers."""
-    brightest = np.nan_to_num(numbers).max()
-    # It does not say what white is: the smallest of these that no pixel exceeds.
-    whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
-    white = next((white for white in whites if brightest <= white), brightest)
-    levels = np.nan_to_num(numbers.astype(np.float32)) * (255 / white) + 0.5
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-
-
-def _light_to_srgb(rgb: Image.Image) -> Image.Image:
-    """A picture in RGB or RGBA whose colours are in proportion to light, in sRGB."""
-    lights = [level / 255 for level in range(256)]
-    curve = [12.92 * x if x <= 0.0031308 else 1.055 * x ** (1 / 2.4) - 0.055 for x in lights]
-    levels = [round(255 * value) for value in curve] * 3 + list(range(256))  # the same alpha
-    return rgb.point(levels[: 256 * len(rgb.mode)])
-
-
-def _apply_profile(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """``rgb``, in RGB or RGBA, in sRGB by the profile of ``picture``; an error if that is unfit."""
-    is_grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith(("I", "F"))
-    colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-    profile, srgb = io.BytesIO(picture.info["icc_profile"]), ImageCms.createProfile("sRGB")
-    converted: Any = ImageCms.profileToProfile(colors, profile, srgb, outputMode="RGB")
-    return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
+    return Image.fromarray(grey) if array.dtype == np.uint8 else _from_numbers(grey)
 
 
 def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
@@ -2475,19 +2446,19 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     picture.load()  # so that damage shows now
     with contextlib.suppress(Exception):  # on odd EXIF tags, after it has already been turned
         ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode == "La":
-        picture = picture.convert("LA")  # the only mode that Pillow converts La to
+    profile = picture.info.get("icc_profile")
     if picture.mode == "F" or picture.mode.startswith("I"):
-        info, picture = picture.info, _from_numbers(np.asarray(picture))
-        picture.info = info
+        picture = _from_numbers(np.asarray(picture))
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    is_linear = picture.info.get("gamma") == 1 and "srgb" not in picture.info  # gAMA of a PNG
-    if picture.mode == "LAB":
+    if not profile or picture.mode == "LAB":
         return rgb
-    if not picture.info.get("icc_profile"):
-        return _light_to_srgb(rgb) if is_linear else rgb
     try:
-        return _apply_profile(picture, rgb)
+        is_grey = picture.mode in ("1", "L", "LA")
+        colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
+        converted: Any = ImageCms.profileToProfile(
+            colors, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+        return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
     except ImageCms.PyCMSError as error:
         _warn(f"The colour profile of {name} is not used, so colours may be off: {_brief(error)}")
         return rgb
@@ -2498,26 +2469,18 @@ def _alpha_range(picture: Image.Image) -> Any:
     return picture.getchannel("A").getextrema() if picture.mode == "RGBA" else (255, 255)
 
 
-def _shows_nothing(picture: Image.Image) -> bool:
-    """Whether a picture, RGB or RGBA, is transparent or of one single colour."""
-    extrema: Any = picture.getextrema()
-    return _alpha_range(picture) == (0, 0) or all(low == high for low, high in extrema)
-
-
 def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
     """The first frame, or the first that shows something; a transparent one without its alpha."""
-    if opened.format == "JPEG":  # one frame without alpha; a copy would take time
-        return _upright_in_srgb(opened, name)
     picture = first = _upright_in_srgb(opened.copy(), name)
     with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
-        while _shows_nothing(picture):
+        while picture.getcolors(1) or _alpha_range(picture) == (0, 0):
             opened.seek(opened.tell() + 1)
             picture = _upright_in_srgb(opened.copy(), name)
         return picture
     if _alpha_range(first) != (0, 0):
         return first
     colors = first.convert("RGB")
-    if _shows_nothing(colors):
+    if colors.getcolors(1):
         raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
     _warn(f"{name} is wholly transparent, so it is read without its transparency.")
     return colors
@@ -2532,8 +2495,6 @@ def _refuse_large(width: int, height: int) -> None:
 def _formats() -> list[str]:
     """The formats that Pillow can read here, of those that we allow."""
     Image.init()  # until then, Pillow does not know all of its formats
-    if pillow_heif is not None and "HEIF" not in Image.OPEN:
-        pillow_heif.register_heif_opener()
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
@@ -2542,6 +2503,8 @@ def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
 
     A JPEG over Pillow's limit will be decoded at a reduced size, above ``max_size``.
     """
+    # Texts such as a workflow, and profiles: Pillow would refuse a PNG with 1 MB of them.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
     if not is_jpeg:
@@ -2554,14 +2517,12 @@ def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
 
 
 def _seek_largest_page(tiff: Image.Image) -> None:
-    """Go to the largest page of a TIFF that is a picture: the first may be a small preview."""
-    pixels = {}
-    with contextlib.suppress(Exception):  # there is no further page, or it is damaged
-        for number in itertools.count():
-            tiff.seek(number)
-            is_mask = getattr(tiff, "tag_v2", {}).get(ExifTags.Base.NewSubfileType) == 4
-            pixels[number] = 0 if is_mask else math.prod(tiff.size)
-    tiff.seek(max(pixels, key=lambda number: pixels[number]))
+    """Go to the largest page of a TIFF: the first may be a small preview."""
+    pixels = []
+    with contextlib.suppress(Exception):  # a further page may be damaged
+        for page in ImageSequence.Iterator(tiff):
+            pixels.append(math.prod(page.size))
+    tiff.seek(pixels.index(max(pixels)))
 
 
 def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
@@ -2588,18 +2549,15 @@ def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
 
 def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     """A TIFF that Pillow does not read: with 32 bits per sample, or of a sensor."""
-    try:
-        import tifffile
-    except ImportError:
-        advice = "run 'pip install tifffile', or save it with 8 or 16 bits per sample"
-        raise _PictureError(f"{name} is an unusual TIFF: to read it, {advice}.") from None
+    file.seek(0)
+    kinds = tifffile.PHOTOMETRIC
     with tifffile.TiffFile(file) as tiff:
         pages: Any = tiff.pages
         page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
         _refuse_large(page.imagewidth, page.imagelength)
-        if page.photometric in _SENSOR_COLORS:
+        if page.photometric in (kinds.CFA, kinds.LINEAR_RAW):
             return _read_raw(file, max_size, name)
-        if page.photometric not in _PLAIN_COLORS or page.samplesperpixel > 4:
+        if page.photometric not in (kinds.MINISBLACK, kinds.RGB):
             raise ValueError(f"it has {page.samplesperpixel} samples of {page.photometric!r}")
         array = page.asarray()
     if "S" in page.axes:  # samples: the colours, and perhaps an alpha
@@ -2613,10 +2571,9 @@ def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
 
 def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
     """A file that Pillow does not know, or a sentence that says what it is."""
-    if head.startswith(_TIFF_STARTS):
-        file.seek(0)
+    if _TIFF.match(head):
         return _read_wide_tiff(file, max_size, name)
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+    if _HEIC.match(head):
         advice = "to read it, run 'pip install pillow-heif', or export it as JPEG"
         problem = "HEIC, but damaged or cut off" if pillow_heif else f"HEIC: {advice}"
         raise _PictureError(f"{name} is {problem}.")
@@ -2624,25 +2581,12 @@ def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> I
     raise _PictureError(f"{name} is {problem} in a supported format ({', '.join(_formats())}).")
 
 
-@contextlib.contextmanager
-def _large_texts() -> Iterator[None]:
-    """Let Pillow read a PNG with large texts, such as a workflow, or a large profile."""
-    with _PNG_LOCK:
-        limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _TEXT_BYTES
-        try:
-            yield
-        finally:
-            PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
-
-
 def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     """A picture file in RGB or RGBA; errors as those of Pillow."""
-    head = file.read(_HEAD_BYTES)
+    head = file.read(2**16)  # where a file says what it is
     file.seek(0)
-    is_raw = head.startswith(_RAW_STARTS) or head[4:11] == b"ftypcrx" or head[8:11] == b"CR\2"
     try:
-        opened = _read_raw(file, max_size, name) if is_raw else _identify(file, max_size)
+        opened = _read_raw(file, max_size, name) if _RAW.match(head) else _identify(file, max_size)
     except UnidentifiedImageError:
         opened = _read_otherwise(file, head, max_size, name)
     tags, names = getattr(opened, "tag_v2", {}), ExifTags.Base  # of a TIFF
@@ -2667,17 +2611,15 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
     try:
         if file is None:
             _refuse_large(*picture.size)
-            return _first_to_show(picture.copy(), name)
-        with file, _large_texts():
+            return _first_to_show(picture, name)
+        with file:
             return _read(file, max_size, name)
-    except (MemoryError, StyleTransferWarning):
+    except (MemoryError, StyleTransferWarning, _PictureError):
         raise
-    except _PictureError as error:
-        raise ValueError(str(error)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        pixels = int("".join(re.findall(r"\((\d+) pixels\)", str(error))))
+        (pixels,) = re.findall(r"\((\d+) pixels\)", str(error))
         limit = f"over the limit of {Image.MAX_IMAGE_PIXELS:,}"
-        raise ValueError(f"{name} has {pixels:,} pixels, {limit}: shrink it first.") from error
+        raise ValueError(f"{name} has {int(pixels):,} pixels, {limit}: shrink it first.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
         reason = _brief(error)
         raise ValueError(f"{name} is damaged, cut off, or cannot be read ({reason}).") from error
@@ -2704,11 +2646,10 @@ def _to_tensor(picture: Image.Image, name: str, max_size: int, upscale: bool = F
         allowed = f"at least {_SMALLEST_SIDE} pixels on each side"
         raise ValueError(f"{name} must have {allowed}, not {width} x {height}.")
     factor = max(max_size / max(picture.size), _SMALLEST_SIDE / min(picture.size))
-    height, width = _scaled((height, width), factor if upscale else min(factor, 1))
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)  # weighted by the alpha
-    with torch.device("cpu"):  # torch.set_default_device would reach into torchvision
-        pixels = torchvision.transforms.functional.pil_to_tensor(resized)  # (C, H, W), 0 to 255
-    return (pixels.float() / 255)[None]
+    size = _scaled(picture.size, factor if upscale else min(factor, 1))
+    resized = picture.resize(size, Image.Resampling.LANCZOS)  # weighted by the alpha
+    pixels = torch.from_numpy(np.atleast_3d(np.array(resized)))  # (H, W, C), 0 to 255
+    return (pixels.permute(2, 0, 1).float() / 255)[None]
 
 
 def load_painting(
@@ -2735,10 +2676,10 @@ def load_painting(
     if picture.mode == "RGB" or alpha.min() == 1:
         return image.to(device), None
     filled = _spread_colors(image * alpha, alpha)
-    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < _LEAST_CONTRAST:
+    if (filled.amax((2, 3)) - filled.amin((2, 3))).max() < 0.04:
         # A drawing in one colour: its shape is the picture.
         filled = (filled.mean() < 0.5).float().lerp(filled, alpha)
-    levels = (255 * filled).round()  # as in any picture
+    levels = filled.mul(255).round()  # as in any picture
     return levels.div(255).to(device), alpha.expand(1, 3, -1, -1).to(device)
 
 
