@@ -62,7 +62,6 @@ import numpy as np
 import pooch
 import psutil
 import pydantic.dataclasses
-import tifffile
 import torch
 import torch.utils.checkpoint
 import torchvision
@@ -2303,13 +2302,10 @@ _DOWNLOAD_LIMIT = 100_000_000  # bytes
 _STALL_SECONDS = 30  # a download that gets no byte for so long has failed
 _MOST_JPEG_PIXELS = 300_000_000  # a JPEG can be decoded at an eighth of its size
 
-# How files begin that Pillow does not know, or of which it would read a small preview.
-_RAW = re.compile(rb"FUJIFILM|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM|.{4}ftypcrx|.{8}CR\x02", re.DOTALL)
-_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+# How raw files begin that Pillow does not know; those in a TIFF it may know by their preview.
+_RAW = re.compile(rb"FUJIFILM|II[*+U]\0|IIR[OS]|MM\0[*+]|MMOR|FOVb|\0MRM|.{4}ftypcrx", re.DOTALL)
 _HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _WEB_PAGE = re.compile(rb"<(!doctype html|html|head|body|meta|div|p|h1)\b", re.IGNORECASE)
-# A curve of PQ or HLG, as PNG and as HEIC and AVIF name it.
-_HDR = re.compile(rb"cICP.[\x10\x12]|colrnclx..\0[\x10\x12]", re.DOTALL)
 
 
 class _PictureError(ValueError):
@@ -2338,16 +2334,14 @@ def _place_of(source: str | os.PathLike) -> str:
     text = os.fspath(source)
     plain = re.sub("^(https?:)/(?!/)", r"\1//", text.strip(" \t\r\n\"'<>"))  # a Path eats a slash
     if plain.lower().startswith("file:"):
-        kept = plain.replace("#", "%23").replace("?", "%3F")  # they belong to the name here
-        _, host, path, *_ = urllib.parse.urlsplit(kept)
-        path = urllib.request.url2pathname(path)
-        # With two slashes, a computer's name comes first, or a slash was forgotten.
-        tried = [path, f"//{host}{path}", host + path]
-    elif _ADDRESS.match(plain):
+        # ///C:/photos, ///photos, or //nas/photos, where nas is another computer
+        unquoted = urllib.parse.unquote(plain)
+        plain = re.sub("(?i)^file:(///(?=[a-z]:)|//(localhost)?(?=/))?", "", unquoted)
+    if _ADDRESS.match(plain):
         return plain
-    else:  # as it is, as a shell escapes blanks, as Windows has it, as a browser shows it
-        escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
-        tried = [plain, text, *escaped]
+    # As it is, as a shell escapes blanks, as Windows has it, as a browser shows it.
+    escaped = (plain.replace("\\ ", " "), plain.replace("\\", "/"), urllib.parse.unquote(plain))
+    tried = [plain, text, *escaped]
     # A Mac writes é as two letters in the names of files, a keyboard as one.
     tried += [unicodedata.normalize(form, path) for path in tried for form in ("NFC", "NFD")]
     paths = [os.path.expanduser(path) for path in tried]
@@ -2406,23 +2400,21 @@ def _open_file(source: Any) -> IO[bytes]:
             folder = _brief(os.path.dirname(os.path.abspath(place)))
             raise FileNotFoundError(f"There is no picture at {name}, looked for in '{folder}'.")
         return open(place, "rb")
-    data = source
     if hasattr(source, "read"):
         with contextlib.suppress(AttributeError, OSError):  # not every file can
             source.seek(0)
-        data = source.read()
-    if not isinstance(data, (bytes, bytearray, memoryview)):
+        source = source.read()
+    if not isinstance(source, (bytes, bytearray, memoryview)):
         allowed = "a path, an address, the bytes of a file, a file opened with 'rb', a PIL picture"
         raise ValueError(f"a picture must be {allowed} or an array, not {_shown(source)}.")
-    return io.BytesIO(bytes(data))
+    return io.BytesIO(source)
 
 
 def _from_numbers(numbers: np.ndarray) -> Image.Image:
-    """The picture in an array of other numbers than those from 0 to 255."""
+    """The picture in an array of other numbers than bytes."""
     brightest = np.nan_to_num(numbers).max()
     # It does not say what white is: the smallest of these that no pixel exceeds.
-    whites = (1, 65535) if numbers.dtype.str[1:] == "u2" else (1, 255, 65535)
-    white = next((white for white in whites if brightest <= white), brightest)
+    white = next((white for white in (1, 255, 65535) if brightest <= white), brightest)
     levels = np.nan_to_num(numbers.astype(np.float32)) * (255 / white) + 0.5
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
@@ -2430,15 +2422,20 @@ def _from_numbers(numbers: np.ndarray) -> Image.Image:
 def _from_array(array: np.ndarray) -> Image.Image:
     """The picture in an array; ``ValueError`` if it holds none."""
     grey = array[:, :, 0] if array.shape[2:] == (1,) else array
-    is_picture = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
-    is_float = array.dtype.kind == "f"
-    is_bounded = not is_float or ((array >= 0) & (array <= 1)).all()
-    if not is_picture or not is_bounded or not (is_float or array.dtype in (np.uint8, np.bool_)):
+    is_picture = grey.ndim > 1 and grey.shape[2:] in ((), (3,), (4,))
+    is_number = array.dtype.kind in "fb" or array.dtype == np.uint8
+    is_bounded = array.dtype.kind != "f" or ((array >= 0) & (array <= 1)).all()
+    if not (is_picture and is_number and is_bounded):
         allowed = "of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, bool or numbers"
         limits = "" if is_bounded else f", from {array.min():g} to {array.max():g}"
         given = f"{array.shape} {array.dtype}{limits}"
         raise ValueError(f"an array must be {allowed} from 0 to 1, not {given}.")
     return Image.fromarray(grey) if array.dtype == np.uint8 else _from_numbers(grey)
+
+
+def _alpha_range(picture: Image.Image) -> Any:
+    """The least and the greatest alpha, 0 to 255, of a picture in RGB or RGBA."""
+    return picture.getchannel("A").getextrema() if picture.mode == "RGBA" else (255, 255)
 
 
 def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
@@ -2450,45 +2447,23 @@ def _upright_in_srgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _from_numbers(np.asarray(picture))
     rgb = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if _alpha_range(rgb) == (0, 0):
+        raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
     if not profile or picture.mode == "LAB":
         return rgb
     try:
         is_grey = picture.mode in ("1", "L", "LA")
         colors = picture if picture.mode == "CMYK" else rgb.convert("L" if is_grey else "RGB")
-        converted: Any = ImageCms.profileToProfile(
-            colors, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        own, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+        converted: Any = ImageCms.profileToProfile(colors, own, srgb, outputMode="RGB")
         return Image.merge(rgb.mode, [*converted.split(), *rgb.split()[3:]])  # the same alpha
     except ImageCms.PyCMSError as error:
         _warn(f"The colour profile of {name} is not used, so colours may be off: {_brief(error)}")
         return rgb
 
 
-def _alpha_range(picture: Image.Image) -> Any:
-    """The least and the greatest alpha, 0 to 255, of a picture in RGB or RGBA."""
-    return picture.getchannel("A").getextrema() if picture.mode == "RGBA" else (255, 255)
-
-
-def _first_to_show(opened: Image.Image, name: str) -> Image.Image:
-    """The first frame, or the first that shows something; a transparent one without its alpha."""
-    picture = first = _upright_in_srgb(opened.copy(), name)
-    with contextlib.suppress(Exception):  # there is no further frame, or it is damaged
-        while picture.getcolors(1) or _alpha_range(picture) == (0, 0):
-            opened.seek(opened.tell() + 1)
-            picture = _upright_in_srgb(opened.copy(), name)
-        return picture
-    if _alpha_range(first) != (0, 0):
-        return first
-    colors = first.convert("RGB")
-    if colors.getcolors(1):
-        raise _PictureError(f"{name} shows nothing: every pixel is transparent.")
-    _warn(f"{name} is wholly transparent, so it is read without its transparency.")
-    return colors
-
-
 def _refuse_large(width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice that
-    if limit is not None and width * height > limit:
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow only warns up to twice that
         raise Image.DecompressionBombError(f"({width * height} pixels)")  # as Pillow's
 
 
@@ -2499,10 +2474,7 @@ def _formats() -> list[str]:
 
 
 def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
-    """What Pillow makes of a file, of which no pixel is decoded yet.
-
-    A JPEG over Pillow's limit will be decoded at a reduced size, above ``max_size``.
-    """
+    """A file of which no pixel is decoded yet, and a very large JPEG never at its full size."""
     # Texts such as a workflow, and profiles: Pillow would refuse a PNG with 1 MB of them.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
@@ -2514,15 +2486,6 @@ def _identify(file: IO[bytes], max_size: int = _SMALLEST_SIDE) -> Image.Image:
         factor = max(max_size / max(jpeg.size), _SMALLEST_SIDE / min(jpeg.size))
         jpeg.draft(None, [math.ceil(side * factor) for side in jpeg.size])
     return jpeg
-
-
-def _seek_largest_page(tiff: Image.Image) -> None:
-    """Go to the largest page of a TIFF: the first may be a small preview."""
-    pixels = []
-    with contextlib.suppress(Exception):  # a further page may be damaged
-        for page in ImageSequence.Iterator(tiff):
-            pixels.append(math.prod(page.size))
-    tiff.seek(pixels.index(max(pixels)))
 
 
 def _exif_bytes(tags: Mapping[int, Any]) -> bytes:
@@ -2537,7 +2500,7 @@ def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
     try:
         import rawpy
     except ImportError:
-        advice = "run 'pip install rawpy', or export it as JPEG or TIFF"
+        advice = "run 'pip install rawpy', or export it as JPEG"
         raise _PictureError(f"{name} is a raw file: to read it, {advice}.") from None
     file.seek(0)
     with rawpy.imread(file) as raw:
@@ -2547,32 +2510,10 @@ def _read_raw(file: Any, max_size: int, name: str) -> Image.Image:
         return Image.fromarray(raw.postprocess(use_camera_wb=True, half_size=is_halved))
 
 
-def _read_wide_tiff(file: IO[bytes], max_size: int, name: str) -> Image.Image:
-    """A TIFF that Pillow does not read: with 32 bits per sample, or of a sensor."""
-    file.seek(0)
-    kinds = tifffile.PHOTOMETRIC
-    with tifffile.TiffFile(file) as tiff:
-        pages: Any = tiff.pages
-        page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
-        _refuse_large(page.imagewidth, page.imagelength)
-        if page.photometric in (kinds.CFA, kinds.LINEAR_RAW):
-            return _read_raw(file, max_size, name)
-        if page.photometric not in (kinds.MINISBLACK, kinds.RGB):
-            raise ValueError(f"it has {page.samplesperpixel} samples of {page.photometric!r}")
-        array = page.asarray()
-    if "S" in page.axes:  # samples: the colours, and perhaps an alpha
-        array = np.moveaxis(array, page.axes.index("S"), -1)[..., :3]
-    picture = _from_numbers(array)
-    picture.info["icc_profile"] = page.tags.valueof("InterColorProfile")
-    orientation = page.tags.valueof("Orientation", 1)
-    picture.info["exif"] = _exif_bytes({ExifTags.Base.Orientation: orientation})
-    return picture
-
-
 def _read_otherwise(file: IO[bytes], head: bytes, max_size: int, name: str) -> Image.Image:
     """A file that Pillow does not know, or a sentence that says what it is."""
-    if _TIFF.match(head):
-        return _read_wide_tiff(file, max_size, name)
+    if _RAW.match(head):
+        return _read_raw(file, max_size, name)
     if _HEIC.match(head):
         advice = "to read it, run 'pip install pillow-heif', or export it as JPEG"
         problem = "HEIC, but damaged or cut off" if pillow_heif else f"HEIC: {advice}"
@@ -2586,20 +2527,18 @@ def _read(file: IO[bytes], max_size: int, name: str) -> Image.Image:
     head = file.read(2**16)  # where a file says what it is
     file.seek(0)
     try:
-        opened = _read_raw(file, max_size, name) if _RAW.match(head) else _identify(file, max_size)
+        opened = _identify(file, max_size)
     except UnidentifiedImageError:
         opened = _read_otherwise(file, head, max_size, name)
     tags, names = getattr(opened, "tag_v2", {}), ExifTags.Base  # of a TIFF
     has_preview_first = tags.get(names.NewSubfileType) == 1 and names.SubIFDs in tags
-    if names.DNGVersion in tags or has_preview_first:
+    if names.DNGVersion in tags or has_preview_first or head[8:10] == b"CR":  # CR2
         opened = _read_raw(file, max_size, name)
-    elif opened.format == "TIFF":
-        _seek_largest_page(opened)
+    elif opened.format == "TIFF":  # of which the first page may be a small preview
+        pixels = [math.prod(page.size) for page in ImageSequence.Iterator(opened)]
+        opened.seek(pixels.index(max(pixels)))
     _refuse_large(*opened.size)
-    picture = _first_to_show(opened, name)
-    if _HDR.search(head):
-        _warn(f"{name} is HDR, which is not tone-mapped: its colours will be off.")
-    return picture
+    return _upright_in_srgb(opened, name)
 
 
 def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size) -> Image.Image:
@@ -2611,7 +2550,7 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
     try:
         if file is None:
             _refuse_large(*picture.size)
-            return _first_to_show(picture, name)
+            return _upright_in_srgb(picture.copy(), name)
         with file:
             return _read(file, max_size, name)
     except (MemoryError, StyleTransferWarning, _PictureError):
@@ -2621,8 +2560,8 @@ def _open_picture(source: _Source, max_size: int = StyleTransferConfig.max_size)
         limit = f"over the limit of {Image.MAX_IMAGE_PIXELS:,}"
         raise ValueError(f"{name} has {int(pixels):,} pixels, {limit}: shrink it first.") from error
     except Exception as error:  # Pillow's decoders raise all sorts of errors on damaged files
-        reason = _brief(error)
-        raise ValueError(f"{name} is damaged, cut off, or cannot be read ({reason}).") from error
+        problem = f"damaged, cut off, or cannot be read ({_brief(error)})"
+        raise ValueError(f"{name} is {problem}.") from error
 
 
 def _spread_colors(colors: Tensor, alpha: Tensor) -> Tensor:
@@ -2663,11 +2602,6 @@ def load_painting(
 
     Both are (1, 3, H, W), in [0, 1], and read as by ``load_image``; the second is white where the
     painting is opaque, or ``None`` if it is so everywhere.
-
-    Example::
-
-        painting, visible = load_painting("cut_out.png")
-        steps = stylize(photo, painting, visible=visible)
     """
     device = _pick_device(str(device).removesuffix(":0"))
     picture = _open_picture(source, max_size)
@@ -2694,9 +2628,9 @@ def load_image(
 
     source: a path, with quotes or blanks around it or as file://, an https or data: address, the
         bytes of a picture file, a file opened with "rb", a PIL picture, or an array (H, W, 3), or
-        (H, W) for grey, of uint8, bool or floating-point numbers in [0, 1]. Its first frame that
-        shows something is read (of a TIFF, the largest page), turned upright (EXIF) and converted
-        to sRGB (ICC). What is transparent gets the colours of what is visible around it.
+        (H, W) for grey, of uint8, bool or floating-point numbers in [0, 1]. Its first frame, or a
+        TIFF's largest page, is turned upright (EXIF) and converted to sRGB (ICC). What is
+        transparent gets the colours of what is visible around it.
     max_size: pixels on the long side, 16 and up. A larger picture is resized (Lanczos), but no
         side gets shorter than 16 pixels; a smaller one keeps its size without ``upscale``.
     Raises ``FileNotFoundError`` for a missing file, ``ConnectionError`` for a download that fails,
@@ -2722,8 +2656,7 @@ def load_mask(source: _Source, max_size: int = StyleTransferConfig.max_size) -> 
         grey = grey.point(lambda level: 255 * level)
     mask = _to_tensor(grey, name, max_size)
     if mask.min() == mask.max():
-        problem = f"The mask {name} is {mask.max().item():.0%} white everywhere"
-        _warn(f"{problem}: it selects no part.")
+        _warn(f"The mask {name} is {mask.max().item():.0%} white everywhere: it selects no part.")
     return mask.expand(1, 3, -1, -1)
 
 

@@ -8,7 +8,6 @@ import io
 import struct
 import sys
 import threading
-import unicodedata
 import warnings
 import zlib
 from pathlib import Path
@@ -41,7 +40,7 @@ UNDO = {
 }
 MODES = {
     "JPEG": ("L", "RGB", "CMYK"),
-    "PNG": ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16"),
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "WEBP": ("RGB", "RGBA"),
     "GIF": ("1", "L", "P", "animated"),
     "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "I", "F"),
@@ -64,6 +63,12 @@ def four_corners() -> Image.Image:
     picture.paste("lime", (32, 0, 64, 24))
     picture.paste("blue", (0, 24, 32, 48))
     return picture
+
+
+def turned(orientation: int) -> Image.Image:
+    """The four corners, stored so that this EXIF orientation puts them upright."""
+    picture = four_corners()
+    return picture.transpose(UNDO[orientation]) if orientation in UNDO else picture
 
 
 def in_mode(picture: Image.Image, mode: str) -> Image.Image:
@@ -112,74 +117,48 @@ def corners(image: torch.Tensor) -> torch.Tensor:
 
 def expected_corners(mode: str) -> torch.Tensor:
     colors = torch.stack([RED, GREEN, BLUE, WHITE])
-    if mode in ("L", "LA", "La", "I;16", "I", "F"):
+    if mode in ("L", "LA", "I;16", "I", "F"):
         return (colors @ torch.tensor([0.299, 0.587, 0.114]))[:, None].expand(4, 3)
     return colors
+
+
+def assert_shows_corners(image: torch.Tensor, atol: float = 0.1, mode: str = "RGB") -> None:
+    assert image.shape[:2] == (1, 3)
+    assert image.shape[2] * 4 == image.shape[3] * 3
+    assert_close(corners(image), expected_corners(mode), atol)
 
 
 # Formats, modes, orientations ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "mode"), CASES)
-def test_every_format_and_mode_comes_in_with_its_colours(kind, mode):
-    image = nst.load_image(encoded(four_corners(), kind, mode))
-    assert image.shape == (1, 3, 48, 64)
-    assert image.dtype == torch.float32
-    if mode == "1":  # dithered
-        assert set(image.unique().tolist()) == {0, 1}
-        assert (corners(image)[3] == 1).all()
-    else:
-        hidden = [0] if mode == "PA" else []  # red, which is filled with what is around it
-        shown = [number for number in range(4) if number not in hidden]
-        assert_close(corners(image)[shown], expected_corners(mode)[shown], atol=0.1)
+def test_every_format_mode_and_orientation_comes_in_upright_with_its_colours(kind, mode):
+    for orientation in range(1, 9) if kind in TURNABLE else [1]:
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        options = {"exif": exif.tobytes()} if kind in TURNABLE else {}
+        image = nst.load_image(encoded(turned(orientation), kind, mode, **options))
+        assert image.dtype == torch.float32
+        if mode == "1":  # dithered
+            assert set(image.unique().tolist()) == {0, 1}
+        else:
+            assert_shows_corners(image, mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "La", "RGBa"])
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBa"])
 def test_modes_that_only_pillow_has_come_in_too(mode):
-    between = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
-    image = nst.load_image(four_corners().convert(between).convert(mode))
-    assert_close(corners(image), expected_corners(mode), atol=0.1)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", TURNABLE)
-def test_every_format_and_orientation_comes_in_upright(kind, orientation):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    stored = four_corners()
-    if orientation in UNDO:
-        stored = stored.transpose(UNDO[orientation])
-    for mode in MODES[kind]:
-        if mode in ("PA", "1"):
-            continue
-        image = nst.load_image(encoded(stored, kind, mode, exif=exif.tobytes()))
-        assert image.shape == (1, 3, 48, 64), mode
-        assert_close(corners(image), expected_corners(mode), atol=0.1)
+    between = "RGBA" if mode == "RGBa" else mode
+    assert_shows_corners(nst.load_image(four_corners().convert(between).convert(mode)))
 
 
 def test_a_photo_with_an_odd_exif_tag_comes_in_upright():
     odd = struct.pack("<HHI4s", 0x0100, 2, 4, b"odd")  # ImageWidth as text, not as a number
-    turned = struct.pack("<HHIHH", ORIENTATION, 3, 1, 3, 0)
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + turned + struct.pack("<I", 0)
-    image = nst.load_image(encoded(four_corners().transpose(UNDO[3]), exif=exif))
-    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+    upside_down = struct.pack("<HHIHHI", ORIENTATION, 3, 1, 3, 0, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + upside_down
+    assert_shows_corners(nst.load_image(encoded(turned(3), exif=exif)))
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_more_than_8_bits_are_scaled_and_not_cut_off(mode):
-    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
-    in_numbers = {
-        "I;16": (ramp * 65535).astype(np.uint16),
-        "I": (ramp * 65535).astype(np.int32),
-        "F": ramp.astype(np.float32),
-    }
-    picture = Image.fromarray(in_numbers[mode])
-    assert picture.mode == mode
-    expected = torch.tensor(ramp, dtype=torch.float32).expand(1, 3, 64, 64)
-    assert_close(nst.load_image(picture), expected, atol=1 / 500)
-
-
-def cut_out(hidden: str, size: tuple[int, int] = SIZE) -> Image.Image:
+def cut_out(hidden: str) -> Image.Image:
     """Four corners, of which an ellipse in the middle is opaque, the rest of another colour."""
     picture = Image.new("RGB", SIZE, hidden)
     shape = Image.new("L", SIZE)
@@ -203,8 +182,7 @@ def test_what_is_hidden_counts_nowhere(kind, max_size):
         inside = visible[0, 0] == 1
         opaque = nst.load_image(four_corners(), max_size)
         assert_close(image[0, :, inside], opaque[0, :, inside], atol=0.15)  # Lanczos sees less
-        hues = torch.stack([RED, GREEN, BLUE, WHITE])
-        assert_close(corners(image).round(), hues, atol=0)
+        assert_shows_corners(image.round(), atol=0)
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
 
@@ -220,25 +198,11 @@ def test_a_drawing_in_one_colour_keeps_its_shape(color, around):
     assert (image[..., 34:] == around).all()
 
 
-def test_a_wholly_transparent_picture_shows_what_is_under_its_alpha():
+def test_a_wholly_transparent_picture_is_refused():
     hidden = four_corners()
     hidden.putalpha(0)
-    with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
-        image = nst.load_image(encoded(hidden, "PNG", "RGBA"))
-    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
     with pytest.raises(ValueError, match=r"the uploaded picture .* transparent"):
-        nst.load_image(encoded(Image.new("RGBA", SIZE), "PNG", "RGBA"))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
-@pytest.mark.parametrize("color", [(0, 0, 0, 0), (255, 255, 255, 255)])
-def test_the_first_frame_that_shows_something_is_read(kind, color):
-    frames = [Image.new("RGBA", SIZE, color), four_corners().convert("RGBA")]
-    options = {"save_all": True, "append_images": frames, "duration": 100, "lossless": True}
-    file = io.BytesIO()
-    frames[0].save(file, kind, **options)
-    image = nst.load_image(file.getvalue())
-    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
+        nst.load_image(encoded(hidden, "PNG", "RGBA"))
 
 
 # Sources, sizes, devices --------------------------------------------------------------------------
@@ -248,71 +212,44 @@ def test_every_kind_of_source_gives_the_same_tensor(tmp_path):
     path = tmp_path / "picture.png"
     four_corners().save(path)
     data, array = path.read_bytes(), np.asarray(four_corners())
-    expected = nst.load_image(path)
+    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    pasted = (address, f' "{address}"\n', f"{address[:60]}\n{address[60:]}")
+    decoded = (four_corners(), Image.open(path), array, array / 255)
     with path.open("rb") as file:
-        of_bytes = (data, bytearray(data), memoryview(data), io.BytesIO(data), file, path)
-        for source in (*of_bytes, four_corners(), Image.open(path), array, array / 255):
+        files = (data, bytearray(data), memoryview(data), io.BytesIO(data), file)
+        for source in (path, *pasted, *decoded, *files):
             for _ in range(2):  # the panel reads a source more than once
-                assert torch.equal(nst.load_image(source), expected)
-        assert len({nst._sha256_of(source) for source in of_bytes}) == 1
-    assert nst._sha256_of(array) is None
-
-
-@pytest.mark.parametrize(
-    ("pasted", "folder"),
-    [
-        ("{}", "my photos"),
-        ('"{}"', "my photos"),
-        (" '{}'\n", "my photos"),
-        ("file://{}", "plain"),
-        ("file://{}", "my%20photos"),
-        ("{}", "my\\ photos"),
-    ],
-)
-def test_a_path_is_taken_as_people_paste_it(pasted, folder, tmp_path):
-    path = tmp_path / folder.replace("%20", " ").replace("\\", "") / "cat.png"
-    path.parent.mkdir()
-    four_corners().save(path)
-    image = nst.load_image(pasted.format(tmp_path / folder / "cat.png"))
-    torch.testing.assert_close(corners(image), expected_corners("RGB"))
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_a_name_is_found_however_its_letters_are_written(tmp_path, monkeypatch, form):
-    """A Mac writes é as two letters, in names of folders too."""
-    path = tmp_path / unicodedata.normalize("NFD", "été") / unicodedata.normalize("NFC", "café.png")
-    path.parent.mkdir()
-    four_corners().save(path)
-    monkeypatch.chdir(tmp_path)
-    for folder in (tmp_path, "."):
-        typed = f"{folder}/{unicodedata.normalize(form, 'été/café.png')}"
-        assert nst.load_image(typed).shape == (1, 3, 48, 64)
+                assert torch.equal(nst.load_image(source), nst.load_image(four_corners()))
 
 
 @pytest.mark.parametrize(
     ("pasted", "name"),
     [
+        ("{}/my photos/cat.png", "my photos/cat.png"),
+        ('"{}/my photos/cat.png"', "my photos/cat.png"),
+        (" '{}/my photos/cat.png'\n", "my photos/cat.png"),
+        ("{}/my\\ photos/cat.png", "my photos/cat.png"),
+        ("~/cat.png", "cat.png"),
+        ("~\\cat.png", "cat.png"),
         ("my%20photo%231.png", "my photo#1.png"),
         ("50%20.png", "50%20.png"),  # that is its name
-        ("file://nas/photos/a.png", "nas/photos/a.png"),
-        ("file://{}/a%23b?.png", "a#b?.png"),
+        ("file://{}/cat.png", "cat.png"),
+        ("file:/{}/cat.png", "cat.png"),  # or a computer's name, elsewhere
+        ("file://localhost{}/a%23b?.png", "a#b?.png"),
         ("file://{}/a#b?.png", "a#b?.png"),
+        # A Mac writes é as two letters.
+        ("{}/caf\N{LATIN SMALL LETTER E WITH ACUTE}.png", "cafe\N{COMBINING ACUTE ACCENT}.png"),
+        ("cafe\N{COMBINING ACUTE ACCENT}.png", "caf\N{LATIN SMALL LETTER E WITH ACUTE}.png"),
     ],
 )
-def test_a_name_is_found_as_a_browser_writes_it(tmp_path, monkeypatch, pasted, name):
+def test_a_path_is_found_as_people_paste_it(tmp_path, monkeypatch, pasted, name):
     path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     four_corners().save(path)
     monkeypatch.chdir(tmp_path)
-    assert nst.load_image(pasted.format(tmp_path)).shape == (1, 3, 48, 64)
-
-
-def test_a_path_may_begin_at_home_and_have_backslashes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    four_corners().save(tmp_path / "cat.png")
-    for pasted in ("~/cat.png", r"~\cat.png"):
-        torch.testing.assert_close(corners(nst.load_image(pasted)), expected_corners("RGB"))
+    assert_shows_corners(nst.load_image(pasted.format(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -349,22 +286,22 @@ def website(tmp_path):
 
 
 def test_an_address_is_downloaded(website, tmp_path):
-    path = tmp_path / "my cät.png"
-    four_corners().save(path)
+    four_corners().save(tmp_path / "my cät.png")
     for pasted in (f" {website}/my cät.png\n", Path(f"{website}/my cät.png")):
-        image = nst.load_image(pasted)
-        torch.testing.assert_close(corners(image), expected_corners("RGB"))
-    assert nst._sha256_of(f"{website}/my cät.png") == nst._sha256_of(path)
+        assert_shows_corners(nst.load_image(pasted))
 
 
-def test_a_data_address_is_read(monkeypatch):
-    data = encoded(four_corners())
-    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    for pasted in (address, f' "{address}"\n', f"{address[:60]}\n{address[60:]}"):
-        torch.testing.assert_close(corners(nst.load_image(pasted)), expected_corners("RGB"))
-    with pytest.raises(ValueError, match="'data:image/png") as error:
-        nst.load_image("data:image/png;base64," + "A" * 300_000)
-    assert len(str(error.value)) < 400
+def test_a_failed_download_is_a_connection_error(website, tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    monkeypatch.setattr(nst, "_DOWNLOAD_LIMIT", 1999)
+    cases = {
+        f"{website}/missing.png": r"missing\.png.*404",
+        f"{website}/large.png": r"large\.png.*over",
+        "https://not an address": "https://not an address",
+    }
+    for address, words in cases.items():
+        with pytest.raises(ConnectionError, match=words):
+            nst.load_image(address)
 
 
 def test_no_error_quotes_more_than_200_letters(tmp_path):
@@ -372,30 +309,8 @@ def test_no_error_quotes_more_than_200_letters(tmp_path):
     for source in (f"https://127.0.0.1:9/{long}", f"data:{long}", f"ftp://{long}", tmp_path / long):
         with pytest.raises((ValueError, OSError)) as error:
             nst.load_image(source)
+        assert str(source)[:5] in str(error.value)
         assert len(str(error.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    "page",
-    ["<!DOCTYPE html><html><body>404</body></html>", "\n<!-- a --><HTML>", "<p>Not found</p>"],
-)
-def test_a_web_page_is_named_as_one(website, tmp_path, page):
-    (tmp_path / "cat.jpg").write_text(page)
-    with pytest.raises(ValueError, match=r"cat\.jpg' is a web page"):
-        nst.load_image(f"{website}/cat.jpg")
-
-
-def test_a_failed_download_is_a_connection_error(website, tmp_path, monkeypatch):
-    (tmp_path / "large.png").write_bytes(bytes(2000))
-    with pytest.raises(ConnectionError, match=r"missing\.png.*404"):
-        nst.load_image(f"{website}/missing.png")
-    for limit, error in (("_DOWNLOAD_LIMIT", "large.png.*over"), ("_DOWNLOAD_SECONDS", "over")):
-        with monkeypatch.context() as patch:
-            patch.setattr(nst, limit, -1)
-            with pytest.raises(ConnectionError, match=error):
-                nst.load_image(f"{website}/large.png")
-    with pytest.raises(ConnectionError, match="https://not an address"):
-        nst.load_image("https://not an address")
 
 
 @pytest.mark.parametrize(
@@ -423,9 +338,12 @@ def test_resizing_is_lanczos():
 # Colour profiles ----------------------------------------------------------------------------------
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
 def swapped_profile() -> bytes:
     """sRGB, but what is called red is blue."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = SRGB
     for old, new in ((b"rXYZ", b"????"), (b"bXYZ", b"rXYZ"), (b"????", b"bXYZ")):
         profile = profile.replace(old, new, 1)
     return profile
@@ -446,8 +364,7 @@ def linear_grey_profile() -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_an_embedded_profile_is_converted_to_srgb(kind):
     image = nst.load_image(encoded(four_corners(), kind, icc_profile=swapped_profile()))
-    expected = torch.stack([BLUE, GREEN, RED, WHITE])
-    assert_close(corners(image), expected, atol=0.06)
+    assert_close(corners(image), torch.stack([BLUE, GREEN, RED, WHITE]), atol=0.06)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "PA"), ("TIFF", "RGBA")])
@@ -470,51 +387,23 @@ def test_a_grey_profile_is_converted_too(mode):
     assert linear.mean() == pytest.approx(0.735, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "profile",
-    [
-        b"no profile",
-        swapped_profile()[:200],
-        linear_grey_profile().replace(b"kTRC", b"XTRC"),
-    ],
-    ids=["text", "cut off", "without its curve"],
-)
-def test_a_damaged_profile_is_left_out_with_a_warning(profile, tmp_path):
+UNFIT_PROFILES = {
+    "text": ("RGB", b"no profile"),
+    "cut off": ("RGB", swapped_profile()[:200]),
+    "without its curve": ("RGB", linear_grey_profile().replace(b"kTRC", b"XTRC")),
+    "of grey": ("RGB", linear_grey_profile()),
+    "of colours": ("L", swapped_profile()),
+    "for print": ("RGB", SRGB[:16] + b"CMYK" + SRGB[20:]),
+}
+
+
+@pytest.mark.parametrize(("mode", "profile"), UNFIT_PROFILES.values(), ids=UNFIT_PROFILES)
+def test_an_unfit_profile_is_left_out_with_a_warning(mode, profile, tmp_path):
     path = tmp_path / "odd.png"
-    path.write_bytes(encoded(four_corners(), icc_profile=profile))
+    path.write_bytes(encoded(four_corners(), "PNG", mode, icc_profile=profile))
     with pytest.warns(nst.StyleTransferWarning, match=r"odd\.png"):
         image = nst.load_image(path)
-    assert_close(corners(image), expected_corners("RGB"), atol=0.01)
-
-
-def test_a_profile_of_another_kind_is_left_out_with_a_warning():
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for_print = srgb[:16] + b"CMYK" + srgb[20:]
-    cases = [("RGB", linear_grey_profile()), ("L", swapped_profile()), ("RGB", for_print)]
-    for mode, profile in cases:
-        with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture"):
-            image = nst.load_image(encoded(four_corners(), "PNG", mode, icc_profile=profile))
-        assert_close(corners(image), expected_corners(mode), atol=0.01)
-
-
-def test_a_linear_png_is_converted_to_srgb():
-    grey = Image.new("RGBA", SIZE, (55, 55, 55, 255))
-    gamma = chunk(b"gAMA", struct.pack(">I", 100000))
-    image = nst.load_image(with_chunk(encoded(grey, "PNG", "RGBA"), gamma))
-    assert image.unique().tolist() == pytest.approx([128 / 255], abs=0.005)
-    with_srgb = with_chunk(encoded(grey), gamma + chunk(b"sRGB", b"\0"))
-    assert nst.load_image(with_srgb).unique().tolist() == pytest.approx([55 / 255])
-
-
-@pytest.mark.parametrize("curve", [16, 18])  # PQ, HLG
-@pytest.mark.parametrize("kind", ["PNG", "HEIF"])
-def test_hdr_is_warned_of(kind, curve):
-    if kind == "PNG":
-        data = with_chunk(encoded(four_corners()), chunk(b"cICP", bytes([9, curve, 0, 1])))
-    else:
-        data = encoded(four_corners(), "HEIF", color_primaries=9, transfer_characteristics=curve)
-    with pytest.warns(nst.StyleTransferWarning, match="the uploaded picture is HDR"):
-        nst.load_image(data)
+    assert_shows_corners(image, 0.01, mode)
 
 
 # Cut-outs -----------------------------------------------------------------------------------------
@@ -586,23 +475,21 @@ def test_a_mask_of_another_aspect_is_warned_of_with_both_sizes(shallow, kind, si
     assert all(word in messages[0] for word in words)
 
 
-# Raw files and unusual TIFFs ----------------------------------------------------------------------
+# Raw files and TIFFs ------------------------------------------------------------------------------
 
 
-def tiff(picture: Image.Image, **tags) -> bytes:
-    """A TIFF with more tags, by their numbers."""
+def tiff(tags: dict[int, tuple]) -> bytes:
+    """The four corners in a TIFF with more tags, {number: (type, value)}."""
     more = TiffImagePlugin.ImageFileDirectory_v2()
-    for number, (kind, value) in {int(name[1:]): tag for name, tag in tags.items()}.items():
+    for number, (kind, value) in tags.items():
         more.tagtype[number] = kind
         more[number] = value
-    return encoded(picture, "TIFF", tiffinfo=more)
+    return encoded(four_corners(), "TIFF", tiffinfo=more)
 
 
 def dng(orientation: int = 1) -> bytes:
     """The four corners as a sensor with a Bayer filter sees them, not developed."""
-    colors = np.asarray(four_corners()) / 255
-    if orientation in UNDO:
-        colors = np.asarray(four_corners().transpose(UNDO[orientation])) / 255
+    colors = np.asarray(turned(orientation)) / 255
     sensor = np.zeros(colors.shape[:2], np.uint16)
     for y, x in np.ndindex(2, 2):
         sensor[y::2, x::2] = 60_000 * colors[y::2, x::2, y + x]  # red, green and green, blue
@@ -623,9 +510,9 @@ def dng(orientation: int = 1) -> bytes:
 
 RAW = {
     "DNG": dng(),
-    "DNG with a preview": tiff(four_corners(), t50706=(1, b"\1\4\0\0")),
-    "NEF": tiff(four_corners(), t254=(4, 1), t330=(4, (8,))),
-    "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff(four_corners())[12:],
+    "DNG with a preview": tiff({50706: (1, b"\1\4\0\0")}),
+    "NEF": tiff({254: (4, 1), 330: (4, (8,))}),
+    "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff({})[12:],
     "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
     "RAF": b"FUJIFILMCCD-RAW " + bytes(100),
 }
@@ -638,8 +525,8 @@ def test_a_raw_file_is_developed_and_turned_upright(tmp_path, orientation, max_s
     path.write_bytes(dng(orientation))
     for source in (path, path.read_bytes()):
         image = nst.load_image(source, max_size)
-        assert image.shape == (1, 3, max_size * 3 // 4, max_size)
-        assert_close(corners(image), expected_corners("RGB"), atol=0.1)
+        assert max(image.shape[2:]) == max_size
+        assert_shows_corners(image)
 
 
 @pytest.mark.parametrize("data", RAW.values(), ids=RAW)
@@ -655,55 +542,15 @@ def test_a_damaged_raw_file_is_refused_and_not_read_by_its_preview(kind):
         nst.load_image(RAW[kind])
 
 
-@pytest.mark.parametrize("tags", [{"t254": (4, 1)}, {"t330": (4, (8,))}])
+@pytest.mark.parametrize("tags", [{254: (4, 1)}, {330: (4, (8,))}])
 def test_an_ordinary_tiff_with_other_pages_is_read(tags):
-    image = nst.load_image(tiff(four_corners(), **tags))
-    torch.testing.assert_close(corners(image), expected_corners("RGB"))
+    assert_shows_corners(nst.load_image(tiff(tags)))
 
 
-def wide_tiff(array: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, photometric="rgb", **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("planar", ["contig", "separate"])
-@pytest.mark.parametrize(("dtype", "white"), [("<f4", 1), ("<u4", 65535), ("<f2", 1), (">f8", 1)])
-@pytest.mark.parametrize("compression", [None, "zlib"])
-def test_an_rgb_tiff_of_wide_numbers_is_read(dtype, white, planar, compression):
-    array = (np.asarray(four_corners().transpose(UNDO[3])) / 255 * white).astype(dtype)
-    array = array.transpose(2, 0, 1) if planar == "separate" else array
-    profile = swapped_profile()
-    tags = [(274, 3, 1, 3, True), (34675, 7, len(profile), profile, True)]  # turned; ICC
-    options = {"planarconfig": planar, "compression": compression, "extratags": tags}
-    image = nst.load_image(wide_tiff(array, **options))
-    assert_close(corners(image), torch.stack([BLUE, GREEN, RED, WHITE]), atol=0.06)
-
-
-def test_a_wide_tiff_names_the_library_that_it_needs(monkeypatch):
-    data = wide_tiff(np.zeros((20, 20, 3), "<f4"))
-    monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ValueError, match=r"TIFF.*pip install tifffile"):
-        nst.load_image(data)
-
-
-def test_a_tiff_of_other_samples_is_refused_with_what_they_are():
-    file = io.BytesIO()
-    tifffile.imwrite(file, np.zeros((20, 20, 4), "<f4"), photometric="separated")
-    with pytest.raises(ValueError, match=r"4 samples of .*SEPARATED"):
-        nst.load_image(file.getvalue())
-
-
-@pytest.mark.parametrize("kind", [1, 0])
-def test_of_a_tiff_with_a_preview_first_the_picture_is_read(kind):
-    """Whether its tag says so or not; a larger mask of transparency is no picture."""
-    small = Image.new("RGB", (16, 16), "magenta")
-    file = io.BytesIO()
-    with TiffImagePlugin.AppendingTiffWriter(file, True) as writer:
-        for page, number in ((small, kind), (four_corners(), 0), (small.resize((80, 80)), 4)):
-            page.save(writer, "TIFF", tiffinfo={254: number})
-            writer.newFrame()
-    assert_close(corners(nst.load_image(file.getvalue())), expected_corners("RGB"), atol=0.01)
+def test_of_a_tiff_with_a_preview_first_the_picture_is_read():
+    preview = Image.new("RGB", (16, 16), "magenta")
+    data = encoded(preview, "TIFF", save_all=True, append_images=[four_corners(), preview])
+    assert_shows_corners(nst.load_image(data))
 
 
 # Damage -------------------------------------------------------------------------------------------
