@@ -13,14 +13,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pillow_heif
 import pytest
 import tifffile
 import torch
 from conftest import IMAGES, SHALLOW, assert_close, fail, half_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, TiffImagePlugin, features
+from PIL import Image, ImageCms, ImageDraw, TiffImagePlugin
 
 import nst_helpers as nst
 
@@ -46,10 +45,9 @@ MODES = {
     "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "I", "F"),
     "BMP": ("1", "L", "P", "RGB"),
     "APNG": ("animated",),
+    "HEIF": ("RGB", "RGBA"),
 }
-pillow_heif.register_heif_opener()  # to write HEIC
-MODES["HEIF"] = ("RGB", "RGBA")
-if "avif" in features.modules and features.check("avif"):  # newer versions of Pillow
+if ".avif" in Image.registered_extensions():  # newer versions of Pillow
     MODES["AVIF"] = ("RGB", "RGBA")
 TURNABLE = ("JPEG", "PNG", "WEBP", "TIFF", "HEIF")
 CASES = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
@@ -92,8 +90,6 @@ def encoded(picture: Image.Image, kind: str = "PNG", mode: str = "RGB", **option
     picture = in_mode(picture, mode)
     if mode == "animated":
         options |= {"save_all": True, "append_images": [Image.new("RGB", picture.size, "black")]}
-    if kind == "JPEG":
-        options["quality"] = 95
     if mode == "PA":
         options["transparency"] = picture.info["transparency"]
     picture.save(file, "PNG" if kind == "APNG" else kind, **options)
@@ -158,53 +154,6 @@ def test_a_photo_with_an_odd_exif_tag_comes_in_upright():
     assert_shows_corners(nst.load_image(encoded(turned(3), exif=exif)))
 
 
-def cut_out(hidden: str) -> Image.Image:
-    """Four corners, of which an ellipse in the middle is opaque, the rest of another colour."""
-    picture = Image.new("RGB", SIZE, hidden)
-    shape = Image.new("L", SIZE)
-    ImageDraw.Draw(shape).ellipse((12, 8, 51, 39), fill=255)
-    picture.paste(four_corners(), mask=shape)
-    picture.putalpha(shape)
-    return picture
-
-
-@pytest.mark.parametrize("max_size", [64, 32])
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_what_is_hidden_counts_nowhere(kind, max_size):
-    """Not its colour, and not at the edges either: those of what is visible go on."""
-    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    images = []
-    for hidden in ("white", "black", "magenta"):
-        data = encoded(cut_out(hidden), kind, "RGBA", **options)
-        image, visible = nst.load_painting(data, max_size)
-        assert torch.equal(image, nst.load_image(data, max_size))
-        images.append(image)
-        inside = visible[0, 0] == 1
-        opaque = nst.load_image(four_corners(), max_size)
-        assert_close(image[0, :, inside], opaque[0, :, inside], atol=0.15)  # Lanczos sees less
-        assert_shows_corners(image.round(), atol=0)
-    assert torch.equal(images[0], images[1])
-    assert torch.equal(images[0], images[2])
-
-
-@pytest.mark.parametrize(("color", "around"), [("black", 1), ("yellow", 0), ("white", 0)])
-def test_a_drawing_in_one_colour_keeps_its_shape(color, around):
-    shape = Image.new("L", SIZE)
-    shape.paste(255, (0, 0, 32, 48))
-    drawing = Image.new("RGB", SIZE, color)
-    drawing.putalpha(shape)
-    image = nst.load_image(drawing)
-    assert_close(image[..., :30], nst.load_image(Image.new("RGB", (30, 48), color)), atol=0)
-    assert (image[..., 34:] == around).all()
-
-
-def test_a_wholly_transparent_picture_is_refused():
-    hidden = four_corners()
-    hidden.putalpha(0)
-    with pytest.raises(ValueError, match=r"the uploaded picture .* transparent"):
-        nst.load_image(encoded(hidden, "PNG", "RGBA"))
-
-
 # Sources, sizes, devices --------------------------------------------------------------------------
 
 
@@ -252,22 +201,36 @@ def test_a_path_is_found_as_people_paste_it(tmp_path, monkeypatch, pasted, name)
     assert_shows_corners(nst.load_image(pasted.format(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        7,
-        None,
-        io.StringIO("text"),
-        np.zeros((20, 20, 2), np.uint8),
-        np.zeros((20, 20, 3), np.int64),
-        np.full((20, 20, 3), 2.0),
-        np.full((20, 20, 3), np.nan),
-    ],
-    ids=["number", "nothing", "text", "two channels", "integers", "too bright", "NaN"],
-)
-def test_other_sources_are_refused(source):
-    with pytest.raises(ValueError, match="must be"):
+REFUSED = {
+    "a number": (7, "must be a path"),
+    "nothing": (None, "must be a path"),
+    "text": (io.StringIO("text"), "must be a path"),
+    "two channels": (np.zeros((20, 20, 2), np.uint8), r"must be of shape .* \(20, 20, 2\) uint8"),
+    "integers": (np.zeros((20, 20, 3), np.int64), "must be .* int64"),
+    "too bright": (np.full((20, 20, 3), 2.0), "must be .* from 2 to 2"),
+    "NaN": (np.full((20, 20, 3), np.nan), "must be .* from nan to nan"),
+    "another address": ("ftp://example.org/cat.jpg", "'ftp://example.org/cat.jpg' must"),
+    "a folder": (str(IMAGES), f"'{IMAGES}' is a folder"),
+    "a small picture": (Image.new("RGB", (15, 40)), "15 x 40"),
+    "a transparent picture": (Image.new("RGBA", SIZE), "the picture .* transparent"),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), REFUSED.values(), ids=REFUSED)
+def test_other_sources_are_refused_by_what_they_are(source, words):
+    with pytest.raises(ValueError, match=words):
         nst.load_image(source)
+
+
+def test_a_missing_file_is_named_with_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"nowhere\.png'.* '{tmp_path}'"):
+        nst.load_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("value", [15, 64.5, "64"])
+def test_an_unusable_max_size_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=f"max_size .*{value!r}"):
+        nst.load_image(four_corners(), value)
 
 
 @pytest.fixture
@@ -406,49 +369,71 @@ def test_an_unfit_profile_is_left_out_with_a_warning(mode, profile, tmp_path):
     assert_shows_corners(image, 0.01, mode)
 
 
-# Cut-outs -----------------------------------------------------------------------------------------
+# Cut-outs and masks -------------------------------------------------------------------------------
 
 
-def half_hidden() -> Image.Image:
-    """Four corners, of which the left half is opaque, the rest transparent green."""
-    picture = four_corners().convert("RGBA")
-    picture.paste((0, 255, 0, 0), (32, 0, 64, 48))
+def cut_out(hidden: str) -> Image.Image:
+    """Four corners, of which an ellipse in the middle is opaque, the rest of another colour."""
+    picture = Image.new("RGB", SIZE, hidden)
+    shape = Image.new("L", SIZE)
+    ImageDraw.Draw(shape).ellipse((12, 8, 51, 39), fill=255)
+    picture.paste(four_corners(), mask=shape)
+    picture.putalpha(shape)
     return picture
 
 
-def test_a_mask_is_the_alpha_of_a_cut_out_or_the_luminance():
-    mask = nst.load_mask(half_hidden())
-    assert mask.shape == (1, 3, 48, 64)
-    assert (mask[..., :32] == 1).all()
-    assert (mask[..., 32:] == 0).all()
-    drawn = nst.load_mask(four_corners().convert("RGBA"))
-    assert_close(corners(drawn), expected_corners("L"), atol=0.01)
+@pytest.mark.parametrize("max_size", [64, 32])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_what_is_hidden_counts_nowhere(kind, max_size):
+    """Not its colour, and not at the edges either: those of what is visible go on."""
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    images = []
+    for hidden in ("white", "black", "magenta"):
+        data = encoded(cut_out(hidden), kind, "RGBA", **options)
+        image, visible = nst.load_painting(data, max_size)
+        assert torch.equal(image, nst.load_image(data, max_size))
+        assert torch.equal(visible, nst.load_mask(data, max_size))
+        images.append(image)
+        inside = visible[0, 0] == 1
+        opaque = nst.load_image(four_corners(), max_size)
+        assert_close(image[0, :, inside], opaque[0, :, inside], atol=0.15)  # Lanczos sees less
+        assert_shows_corners(image.round(), atol=0)
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize(("color", "around"), [("black", 1), ("yellow", 0), ("white", 0)])
+def test_a_drawing_in_one_colour_keeps_its_shape(color, around):
+    shape = Image.new("L", SIZE)
+    shape.paste(255, (0, 0, 32, 48))
+    drawing = Image.new("RGB", SIZE, color)
+    drawing.putalpha(shape)
+    image = nst.load_image(drawing)
+    assert_close(image[..., :30], nst.load_image(Image.new("RGB", (30, 48), color)), atol=0)
+    assert (image[..., 34:] == around).all()
+
+
+def test_an_opaque_painting_is_visible_everywhere():
+    painting, visible = nst.load_painting(four_corners().convert("RGBA"))
+    assert visible is None
+    assert torch.equal(painting, nst.load_image(four_corners()))
+
+
+def test_a_mask_without_an_alpha_is_its_luminance():
+    assert_shows_corners(nst.load_mask(four_corners().convert("RGBA")), 0.01, mode="L")
     with pytest.warns(nst.StyleTransferWarning, match="the picture is 100% white"):
         nst.load_mask(Image.new("RGB", SIZE, "white"))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint16, np.float32, bool])
 def test_a_mask_of_zeros_and_ones_is_black_and_white(kind):
-    labels = np.zeros((48, 64), kind)
-    labels[:, :32] = 1
-    expected = nst.load_mask(half_hidden(), 32)
-    assert torch.equal(nst.load_mask(Image.fromarray(labels), 32), expected)
-    assert torch.equal(
-        nst.load_mask(encoded(Image.fromarray(labels.astype("uint8"))), 32), expected
-    )
+    expected = half_mask((48, 64))
+    labels = expected[0, 0].numpy().astype(kind)
+    sources = [Image.fromarray(labels), encoded(Image.fromarray(labels.astype(np.uint8)))]
     if kind in (np.uint8, np.float32, bool):
-        for array in (labels, labels[:, :, None], np.stack([labels] * 3, 2)):
-            assert torch.equal(nst.load_mask(array, 32), expected)
-
-
-def test_a_painting_comes_with_where_it_is_visible():
-    painting, visible = nst.load_painting(half_hidden())
-    assert torch.equal(visible, nst.load_mask(half_hidden()))
-    assert_close(corners(painting)[[0, 2]], torch.stack([RED, BLUE]), atol=0.01)
-    assert (painting[:, 1] < 0.01).all()  # and nothing of the green that is hidden
-    opaque, everywhere = nst.load_painting(four_corners())
-    assert everywhere is None
-    assert torch.equal(opaque, nst.load_image(four_corners()))
+        sources += [labels, labels[:, :, None], np.stack([labels] * 3, 2)]
+    for source in sources:
+        assert torch.equal(nst.load_mask(source), expected)
 
 
 @pytest.mark.parametrize(
@@ -464,11 +449,10 @@ def test_a_painting_comes_with_where_it_is_visible():
 )
 @pytest.mark.parametrize("kind", ["masks", "keep"])
 def test_a_mask_of_another_aspect_is_warned_of_with_both_sizes(shallow, kind, size, words):
-    photo = nst.load_image(four_corners())
-    mask = half_mask(size)
+    photo, mask = torch.zeros(1, 3, 48, 64), half_mask(size)
+    given = {kind: [mask] if kind == "masks" else mask}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = {kind: [mask] if kind == "masks" else mask}
         next(nst.stylize(photo, photo, SHALLOW, network=shallow, **given))
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == bool(words)
@@ -508,9 +492,9 @@ def dng(orientation: int = 1) -> bytes:
     return file.getvalue()
 
 
-RAW = {
-    "DNG": dng(),
-    "DNG with a preview": tiff({50706: (1, b"\1\4\0\0")}),
+DAMAGED_RAW = {
+    "sensor": dng()[:300],
+    "DNG": tiff({50706: (1, b"\1\4\0\0")}),
     "NEF": tiff({254: (4, 1), 330: (4, (8,))}),
     "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff({})[12:],
     "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
@@ -520,26 +504,20 @@ RAW = {
 
 @pytest.mark.parametrize("max_size", [64, 32])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_raw_file_is_developed_and_turned_upright(tmp_path, orientation, max_size):
-    path = tmp_path / "photo.dng"
-    path.write_bytes(dng(orientation))
-    for source in (path, path.read_bytes()):
-        image = nst.load_image(source, max_size)
-        assert max(image.shape[2:]) == max_size
-        assert_shows_corners(image)
+def test_a_raw_file_is_developed_and_turned_upright(orientation, max_size):
+    image = nst.load_image(dng(orientation), max_size)
+    assert max(image.shape[2:]) == max_size
+    assert_shows_corners(image)
 
 
-@pytest.mark.parametrize("data", RAW.values(), ids=RAW)
-def test_a_raw_file_is_named_as_one_where_its_library_is_missing(data, monkeypatch):
+@pytest.mark.parametrize("data", DAMAGED_RAW.values(), ids=DAMAGED_RAW)
+def test_a_raw_file_is_never_read_by_its_preview(data, monkeypatch):
+    """Neither where it is damaged, nor where its library is missing."""
+    with pytest.raises(ValueError, match="the uploaded picture is damaged"):
+        nst.load_image(data)
     monkeypatch.setitem(sys.modules, "rawpy", None)
     with pytest.raises(ValueError, match=r"raw file.*pip install rawpy"):
         nst.load_image(data)
-
-
-@pytest.mark.parametrize("kind", sorted(RAW.keys() - {"DNG"}))
-def test_a_damaged_raw_file_is_refused_and_not_read_by_its_preview(kind):
-    with pytest.raises(ValueError, match="the uploaded picture is damaged"):
-        nst.load_image(RAW[kind])
 
 
 @pytest.mark.parametrize("tags", [{254: (4, 1)}, {330: (4, (8,))}])
@@ -556,36 +534,24 @@ def test_of_a_tiff_with_a_preview_first_the_picture_is_read():
 # Damage -------------------------------------------------------------------------------------------
 
 
-def damaged() -> dict[str, bytes]:
-    """A small file of each format, with enough detail that each cut-off byte is missed."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
-    files = {
-        "TIFF, packed": encoded(noise, "TIFF", compression="tiff_lzw"),
-        "JPEG, progressive": encoded(noise, "JPEG", progressive=True),
-    }
-    for kind, modes in MODES.items():
-        if kind == "APNG":
-            files[kind] = encoded(noise, kind, "animated")
-        else:
-            files[kind] = encoded(noise, kind, "RGB" if "RGB" in modes else "P")
-    return files
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+# Small files with enough detail that each cut-off byte is missed.
+FILES = {
+    "TIFF, packed": encoded(NOISE, "TIFF", compression="tiff_lzw"),
+    "JPEG, progressive": encoded(NOISE, "JPEG", progressive=True),
+    **{kind: encoded(NOISE, kind, modes[-1]) for kind, modes in MODES.items()},
+}
 
 
-DAMAGED = damaged()
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, tmp_path):
+@pytest.mark.parametrize("data", FILES.values(), ids=FILES)
+def test_a_file_cut_off_anywhere_is_refused_or_whole(data):
     """Some formats end with bytes that no pixel needs."""
-    data = DAMAGED[kind]
-    path = tmp_path / "cut.picture"
-    path.write_bytes(data)
-    whole = nst.load_image(path)
+    whole = nst.load_image(data)
     refused = 0
     for end in range(0, len(data), 10):
-        path.write_bytes(data[:end])
         try:
-            assert torch.equal(nst.load_image(path), whole), f"half a picture at {end} bytes"
+            image = nst.load_image(data[:end])
+            assert torch.equal(image, whole), f"half a picture at {end} bytes"
         except ValueError:
             refused += 1
     assert refused * 10 > 0.5 * len(data)
@@ -595,35 +561,13 @@ def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, tmp_path):
 @given(data=st.data())
 def test_random_bytes_are_a_picture_or_a_value_error(data):
     """In a file of each kind, cut and overwritten anywhere."""
-    start = data.draw(st.sampled_from([*DAMAGED.values(), *RAW.values(), b""]))
+    start = data.draw(st.sampled_from([*FILES.values(), *DAMAGED_RAW.values(), dng()]))
     position = data.draw(st.integers(0, len(start)))
     noise = data.draw(st.binary(max_size=64))
     end = data.draw(st.sampled_from([position + len(noise), len(start)]))
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
         assert nst.load_image(start[:position] + noise + start[end:]).shape[:2] == (1, 3)
-
-
-def test_a_missing_file_is_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"nowhere\.png'.* '{tmp_path}'"):
-        nst.load_image(tmp_path / "nowhere.png")
-
-
-@pytest.mark.parametrize("source", ["ftp://example.org/cat.jpg", str(IMAGES)])
-def test_other_addresses_and_folders_are_refused_by_name(source):
-    with pytest.raises(ValueError, match=source):
-        nst.load_image(source)
-
-
-def test_a_picture_too_small_for_the_network_is_refused_with_its_size():
-    with pytest.raises(ValueError, match="15 x 40"):
-        nst.load_image(Image.new("RGB", (15, 40)))
-
-
-@pytest.mark.parametrize("value", [15, 64.5, "64"])
-def test_an_unusable_max_size_is_refused_by_name(value):
-    with pytest.raises(ValueError, match=f"max_size .*{value!r}"):
-        nst.load_image(four_corners(), value)
 
 
 # Hostile files ------------------------------------------------------------------------------------
@@ -636,64 +580,69 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + size + pixels + chunk(b"IEND", b"")
 
 
-NOT_PICTURES = {
-    "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n",
-    "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
-    "an icon": b"\0\0\1\0\1\0\x40\x30\0\0\1\0\x20\0" + bytes(200),
-    "a film": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(200),
-    "nothing": b"",
+UNSUPPORTED = r"not in a supported format \(.*JPEG.*PNG"
+NO_PICTURES = {
+    "a drawing": (b'<svg xmlns="http://www.w3.org/2000/svg"><script/></svg>', UNSUPPORTED),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n", UNSUPPORTED),
+    "an icon": (b"\0\0\1\0\1\0\x40\x30\0\0\1\0\x20\0" + bytes(200), UNSUPPORTED),
+    "a film": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(200), UNSUPPORTED),
+    "nothing": (b"", UNSUPPORTED),
+    "a page": (b"<!DOCTYPE html><html><body>404</body></html>", "a web page, not a picture"),
+    "an odd page": (b"\n<!-- a --><HTML>", "a web page, not a picture"),
+    "part of a page": (b"<p>Not found</p>", "a web page, not a picture"),
+    "half a HEIC": (encoded(four_corners(), "HEIF")[:100], "HEIC, but damaged"),
+    "a side of 2 ** 31": (png(2**31, 1), "2,147,483,648 pixels"),
+    "too few pixels for its size": (png(*SIZE), "damaged"),
+    "tags that lead nowhere": (b"II*\0" + struct.pack("<I", 2**32 - 8) + bytes(64), "damaged"),
+    "a JPEG of markers": (b"\xff\xd8" + b"\xff\xe1\0\2" * 1000, "damaged"),
 }
 
 
-@pytest.mark.parametrize("data", NOT_PICTURES.values(), ids=NOT_PICTURES)
-def test_other_files_are_refused_whatever_their_names_say(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("data", "words"), NO_PICTURES.values(), ids=NO_PICTURES)
+def test_other_files_are_refused_whatever_their_names_say(data, words, tmp_path, monkeypatch):
     started = AssertionError("a program was started")  # as Pillow does for PostScript
     monkeypatch.setattr("subprocess.Popen", fail(started))
     path = tmp_path / "holiday.jpg"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"holiday\.jpg.* format .*JPEG.*PNG"):
+    with pytest.raises(ValueError, match=rf"holiday\.jpg' .*{words}"):
         nst.load_image(path)
 
 
-def test_a_png_with_large_texts_or_a_large_profile_is_read_and_pillows_limits_stay():
-    before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    large = zlib.compress(bytes(2**21))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for added in (
-            chunk(b"zTXt", b"workflow\0\0" + large),
-            chunk(b"tEXt", b"workflow\0" + b"x" * 70_000_000),
-        ):
-            image = nst.load_image(with_chunk(encoded(four_corners()), added))
-            torch.testing.assert_close(corners(image), expected_corners("RGB"))
+LARGE = zlib.compress(bytes(2**21))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [chunk(b"zTXt", b"workflow\0\0" + LARGE), chunk(b"tEXt", b"workflow\0" + bytes(70_000_000))],
+    ids=["packed", "plain"],
+)
+def test_a_png_with_a_large_text_is_read(text):
+    assert_shows_corners(nst.load_image(with_chunk(encoded(four_corners()), text)))
+
+
+def test_a_png_with_a_large_profile_is_read():
+    profile = chunk(b"iCCP", b"icc\0\0" + LARGE)
     with pytest.warns(nst.StyleTransferWarning, match="profile of the uploaded picture"):
-        nst.load_image(with_chunk(encoded(four_corners()), chunk(b"iCCP", b"icc\0\0" + large)))
-    with pytest.raises(ValueError, match="the uploaded picture"):
-        nst.load_image(encoded(four_corners())[:60])
-    now = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    assert now == before
+        image = nst.load_image(with_chunk(encoded(four_corners()), profile))
+    assert_shows_corners(image)
 
 
-@pytest.mark.parametrize("size", [(12_000, 9_000), (9_000, 20_000)])  # 108 and 180 megapixels
+@pytest.mark.parametrize("size", [(120, 90), (90, 200)])
 def test_a_very_large_jpeg_is_decoded_smaller(size, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 50)  # the same with small numbers
-    shown = four_corners().resize((size[0] // 100, size[1] // 100))
-    monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 120 * 200)
-    image = nst.load_image(encoded(shown, "JPEG"), 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 50)
+    monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 90 * 200)
+    data = encoded(four_corners().resize(size), "JPEG")
+    image = nst.load_image(data, 40)
     assert max(image.shape[2:]) == 40
     assert_close(corners(image), expected_corners("RGB"), atol=0.1)
-    with pytest.raises(ValueError, match=f"{shown.width * shown.height:,} pixels.*shrink it"):
-        nst.load_image(encoded(shown, "JPEG"), max(shown.size))
-    monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 100)
-    with pytest.raises(ValueError, match=f"{shown.width * shown.height:,} pixels.*shrink it"):
-        nst.load_image(encoded(shown, "JPEG"), 40)
+    for max_size, limit in ((max(size), 90 * 200), (40, 100)):
+        monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", limit)
+        with pytest.raises(ValueError, match=f"{size[0] * size[1]:,} pixels.*shrink it"):
+            nst.load_image(data, max_size)
 
 
 def test_heic_is_named_where_its_library_is_missing(monkeypatch):
     data = encoded(four_corners(), "HEIF")
-    with pytest.raises(ValueError, match="HEIC, but damaged"):
-        nst.load_image(data[:100])
     monkeypatch.setattr(nst, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF")
     with pytest.raises(ValueError, match=r"HEIC.*pip install pillow-heif"):
@@ -708,17 +657,3 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(size, fi
         warnings.simplefilter(filters)  # whatever the program around does with Pillow's warning
         with pytest.raises(ValueError, match="89,478,485"):
             nst.load_image(png(*size))
-
-
-HOSTILE = {
-    "a side of 2 ** 31": png(2**31, 1),
-    "too few pixels for its size": png(*SIZE),
-    "tags that lead nowhere": b"II*\0" + struct.pack("<I", 2**32 - 8) + bytes(64),
-    "a JPEG of markers": b"\xff\xd8" + b"\xff\xe1\0\2" * 1000,
-}
-
-
-@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_file_is_refused(data):
-    with pytest.raises(ValueError, match="the uploaded picture"):
-        nst.load_image(data)
