@@ -492,11 +492,12 @@ def dng(orientation: int = 1) -> bytes:
     return file.getvalue()
 
 
+PLAIN = tiff({})
 DAMAGED_RAW = {
     "sensor": dng()[:300],
     "DNG": tiff({50706: (1, b"\1\4\0\0")}),
     "NEF": tiff({254: (4, 1), 330: (4, (8,))}),
-    "CR2": b"II*\0\x10\0\0\0CR\2\0" + tiff({})[12:],
+    "CR2": b"II*\0" + struct.pack("<I", len(PLAIN)) + b"CR\2\0" + PLAIN[12:] + PLAIN[8:],
     "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
     "RAF": b"FUJIFILMCCD-RAW " + bytes(100),
 }
@@ -631,14 +632,15 @@ def test_a_png_with_a_large_profile_is_read():
 def test_a_very_large_jpeg_is_decoded_smaller(size, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 50)
     monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", 90 * 200)
-    data = encoded(four_corners().resize(size), "JPEG")
+    shown = four_corners().resize(size)
+    data = encoded(shown, "JPEG")
     image = nst.load_image(data, 40)
     assert max(image.shape[2:]) == 40
     assert_close(corners(image), expected_corners("RGB"), atol=0.1)
-    for max_size, limit in ((max(size), 90 * 200), (40, 100)):
+    for source, max_size, limit in ((data, max(size), 90 * 200), (data, 40, 100), (shown, 40, 0)):
         monkeypatch.setattr(nst, "_MOST_JPEG_PIXELS", limit)
         with pytest.raises(ValueError, match=f"{size[0] * size[1]:,} pixels.*shrink it"):
-            nst.load_image(data, max_size)
+            nst.load_image(source, max_size)
 
 
 def test_heic_is_named_where_its_library_is_missing(monkeypatch):
