@@ -220,8 +220,7 @@ def test_a_sweep_paints_and_draws_every_combination(shallow, pair, capsys):
         assert torch.equal(image, last(nst.stylize(photo, pair[1], config, network=shallow)).image)
     assert titles() == list(sheet)
     assert plt.gcf().axes[0].get_gridspec().get_geometry() == (2, 3)
-    # Not on stdout: what an old console cannot show would end the sweep there.
-    assert f"{[*sheet][-1]}: |" in capsys.readouterr().err
+    assert f"{[*sheet][-1]}: |" in capsys.readouterr().out
 
 
 def test_every_run_of_a_sweep_has_the_masks_and_the_start(shallow, pair, pictures):

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,6 +270,19 @@ def test_other_pictures_count_if_they_are_finished_and_without_masks(
     assert (paint([photo])[photo] == path) is (kind in ("finished", "blended"))
 
 
+def test_photos_with_the_same_bytes_have_a_picture_each(photos, paint, painted):
+    for name in ("a_1.jpg", "copy.jpg"):
+        shutil.copy(photos / "a.jpg", photos / name)
+    files = paint(photos)
+    assert len({*files.values()}) == len(files) == 5
+    painted.clear()
+    assert paint(photos) == files
+    assert painted == []
+    files[photos / "a_1.jpg"].unlink()
+    assert len({*paint(photos).values()}) == 5
+    assert len(painted) == 1
+
+
 def test_results_among_the_photos_are_not_painted(photos, paint, painted):
     nst.save_timelapse([torch.zeros(1, 3, 16, 16)] * 2, photos)
     files = paint(photos, output_folder=photos)
@@ -367,16 +381,20 @@ def test_photos_in_subfolders_have_their_results_in_subfolders(
     for name in (*folders, ".trash"):
         (card / name).mkdir(parents=True)
         shutil.copy(photos / "a.jpg", card / name)
-    with pytest.raises(ValueError, match=r"card.* none: recursive=True"):
+    with pytest.raises(ValueError, match=r"recursive=True .*DCIM/100APPLE, DCIM/101APPLE too"):
         paint(card)
-    files = paint(card, recursive=True)
+    shutil.copy(photos / "b.webp", card)
+    with pytest.warns(nst.StyleTransferWarning, match=r"DCIM/101APPLE too\.$"):
+        assert list(paint(card)) == [card / "b.webp"]
+    (card / "b.webp").unlink()
+    files = paint(card, recursive=True, output_folder=out / "all")
     assert list(files) == [card / name / "a.jpg" for name in folders]
-    assert [path.parent for path in files.values()] == [out / name for name in folders]
-    assert len(sheets_in(out)) == 1
+    assert [path.parent for path in files.values()] == [out / "all" / name for name in folders]
+    assert len(sheets_in(out / "all")) == 1
     painted.clear()
-    assert paint(card, recursive=True) == files
     files[card / folders[0] / "a.jpg"].unlink()
-    assert all(path.is_file() for path in paint(card, recursive=True).values())
+    again = paint(card, recursive=True, output_folder=out / "all")
+    assert all(path.is_file() for path in again.values())
     assert len(painted) == 1
 
 
@@ -401,6 +419,16 @@ def test_a_list_may_hold_addresses(monkeypatch, photos, paint):
 
 
 NAMES = ["100%d $x$ 写真.png", f"{'写' * 80}.png", f"{'x' * 200}.png", "\N{PILE OF POO}.png"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437"])
+def test_an_old_console_does_not_end_a_folder(monkeypatch, tmp_path, paint, encoding):
+    photo = save_photo(tmp_path / "写真 é.png")
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding))
+    assert paint([photo])[photo].is_file()
+    sys.stdout.flush()
+    assert "??" in console.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("name", [*map(os.fsencode, NAMES), b"not utf-8 \xff.png"])
