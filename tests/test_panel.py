@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,18 @@ from pathlib import Path
 import ipywidgets
 import pytest
 import torch
-from conftest import IMAGES, NO_SPACE, SHALLOW, break_looks, encoded, fail, last, ours, record_in
+from conftest import (
+    IMAGES,
+    NO_SPACE,
+    SHALLOW,
+    break_looks,
+    encoded,
+    fail,
+    last,
+    ours,
+    record_in,
+    replace_looks,
+)
 from IPython.core.events import EventManager, available_events
 from PIL import Image
 from test_figures import files_on
@@ -401,6 +413,29 @@ def test_while_a_run_paints_it_says_how_far_it_is_and_nothing_else_is_begun(pane
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".jpg"
     assert_offered(panel, path)
+
+
+def test_the_run_of_the_panel_goes_before_the_steps_of_a_cell(
+    monkeypatch, panel, gate, shallow, pair
+):
+    of_panel = []
+
+    def see(asked, look):
+        of_panel.append(threading.current_thread() is panel.thread)
+        return look(*asked)
+
+    steps_of_cell = gate.stylize(*pair, SHALLOW, network=shallow)
+    next(steps_of_cell)
+    replace_looks(monkeypatch, see)
+    panel.start()
+    gate.let_through(1)
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(next, steps_of_cell)
+        gate.let_through(3)
+        gate.finish(panel)
+        assert step.result(60).number == 2
+    assert of_panel == sorted(of_panel, reverse=True)
+    assert {*of_panel} == {True, False}
 
 
 def test_a_run_has_the_settings_and_pictures_of_its_start(panel, gate, tmp_path):
