@@ -316,7 +316,7 @@ def test_run_all_paints_the_uploaded_pictures(person):
     saved = person.cell("nst.save_image(result")
     saved.locator("a[download]").wait_for(timeout=PATIENCE)
     person.wait_until_idle()
-    paint = person.panel.locator("button", has_text="Paint").bounding_box()
+    paint = person.panel.get_by_role("button", name="Paint", exact=True).bounding_box()
     assert 0 < paint["y"] < VIEW["height"]  # the new panel came into view
     path, record = newest(person.project)
     assert record["photo"] == sha256(PHOTO)  # uploads outlive Run All
