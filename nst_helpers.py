@@ -727,12 +727,17 @@ _SUPERSAMPLING = {"quick": 1.0, "normal": 1.25, "best": 1.5}
 _Config = TypeVar("_Config")
 
 
+def _brief(text: object) -> str:
+    """What an error quotes of a text: a data: address may have a million letters."""
+    quoted = str(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]} …"
+
+
 def _shown(value: object) -> str:
     """A value as an error message shows it: on one line, and not too long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} …"
+    return _brief(" ".join(repr(value).split()))
 
 
 def _must_be(allowed: str, accepts: Callable[[Any], bool]) -> AfterValidator:
@@ -1168,8 +1173,9 @@ def _share_out(num_steps: int, count: int) -> list[int]:
 
     Example: ``_share_out(100, 3)`` is ``[76, 16, 8]``.
     """
-    shares = [_COARSEST_SHARE] + [_OTHER_SHARE] * (count - 2) + [_FINEST_SHARE]
-    shares = shares[:count]  # a single scale is the coarsest
+    if count == 1:
+        return [num_steps]
+    shares = [_COARSEST_SHARE, *[_OTHER_SHARE] * (count - 2), _FINEST_SHARE]
     ends = [num_steps * total // sum(shares) for total in itertools.accumulate(shares)]
     return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
@@ -1550,11 +1556,10 @@ def _paint_scales(job: Job) -> Iterator[Step]:
 def _plan_trial(job: Job) -> Scale | None:
     """A few steps at a small size; ``None`` where they would not pay."""
     config, size = job.config, _shrunk_size(_size_of(job.content), _TRIAL_LONG_SIDE)
-    scale = Scale(size, _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
+    trial = Scale(size, _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
     is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
-    if not is_weighed or scale.work > _TRIAL_SHARE * sum(scale.work for scale in job.scales):
-        return None
-    return scale
+    pays = trial.work <= _TRIAL_SHARE * sum(scale.work for scale in job.scales)
+    return trial if is_weighed and pays else None
 
 
 def _find_balance(job: Job) -> float:
@@ -2251,12 +2256,6 @@ class _Upload(bytes):
         upload = super().__new__(cls, data)
         upload.name = name
         return upload
-
-
-def _brief(text: object) -> str:
-    """What an error quotes of a text: a data: address may have a million letters."""
-    quoted = str(text)
-    return quoted if len(quoted) <= 200 else f"{quoted[:200]} …"
 
 
 def _place_of(source: str | os.PathLike) -> str:
