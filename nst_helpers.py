@@ -3477,7 +3477,9 @@ def _find_photos(
         for source in map(_place_of, photos):
             found[source if _ADDRESS.match(source) else Path(source)] = Path()
     elif not (root := Path(_place_of(photos))).is_dir():
-        raise ValueError(f"photos must be a folder or a list of files, not {str(photos)!r}.")
+        raise ValueError(
+            f"photos must be a folder or a list of files: there is no folder '{root}'."
+        )
     else:
         for folder, below, names in os.walk(root):
             below[:] = sorted(name for name in below if not name.startswith("."))
@@ -3909,6 +3911,9 @@ class Panel(widgets.HBox):
             if getattr(earlier.first_config, name) == getattr(self.first_config, name):
                 control.value = earlier.controls[name].value
         self.format.value = earlier.format.value
+        self.painted, self.result, self.files = earlier.painted, earlier.result, earlier.files
+        self.strength.disabled = self.result is None
+        self._take_choice()
         if hasattr(get_ipython(), "kernel"):
             get_ipython().events.unregister("pre_run_cell", earlier._tell_of_cells)
             get_ipython().events.unregister("post_run_cell", earlier._forget_cells)
@@ -3939,8 +3944,11 @@ class Panel(widgets.HBox):
         needed = estimate(photo, painting, self.config, self.network, **options)
         self.seconds_per_pixel = needed.seconds_per_pixel
         height, width = _size_of(photo)
+        size = f"{width} x {height} pixels"
+        if max(height, width) < self.config.max_size:
+            size += ", as large as the photo is,"
         memory = f"{needed.memory / 1e9:.1f} GB of the {needed.free / 1e9:.1f} GB of free memory"
-        return f"{width} x {height} pixels in about {needed.seconds:.0f} s, using {memory}."
+        return f"{size} in about {needed.seconds:.0f} s, using {memory}."
 
     def _show_chosen(self, problem: str = "") -> None:
         """Show what would be painted now, and what it would take; first, what was refused."""
@@ -4027,7 +4035,8 @@ class Panel(widgets.HBox):
         self.link.value = _download_link(name, _data_address(data, kind))
         alt = f"the result at a strength of {strength:.0%}"
         self.page.value = picture_tag(Image.open(io.BytesIO(data)), alt)
-        return sentence if path is None else f"Saved as {path}."
+        height, width = _size_of(step.image)
+        return sentence if path is None else f"Saved as {path}, {width} x {height} pixels."
 
     def _offer(self, outcome: str = "", save: bool = False) -> None:
         """Offer the result, if there is one, and say so after the ``outcome`` of its run."""

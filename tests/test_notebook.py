@@ -41,8 +41,8 @@ def copy_project(folder: Path, **values: object) -> Path:
     return folder / NOTEBOOK.name
 
 
-def saved_in(folder: Path, outputs: str = "outputs") -> Path:
-    (path,) = (folder / outputs).glob("*_in_*[0-9].png")
+def saved_in(folder: Path) -> Path:
+    (path,) = (folder / "outputs").glob("*_in_*[0-9].png")
     return path
 
 
@@ -116,7 +116,12 @@ def test_every_link_to_a_section_leads_to_one():
 @pytest.mark.slow
 def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     forms = {"control": '"color"', "photo_folder": '"my"', "kept_part": '"images/mask_sky.png"'}
-    copy_project(tmp_path, **SMALL, **forms)
+    path = copy_project(tmp_path, **SMALL, **forms)
+    notebook = nbformat.read(path, 4)
+    (estimate,) = [n for n, cell in enumerate(notebook.cells) if "nst.estimate(" in cell.source]
+    upload = 'panel.sources["photo"], panel.pictures = "images/china.jpg", {}'  # in the middle
+    notebook.cells.insert(estimate + 1, nbformat.v4.new_code_cell(upload))
+    nbformat.write(notebook, path)
     options = ["-p", "output_folder", "on/drive", "-p", "lesson", "False"]
     command = [*readme_command("papermill"), *options]
     photo, painting = (word for word in command if word.endswith(".jpg"))
@@ -125,11 +130,13 @@ def test_papermill_paints_two_other_pictures_and_every_extra(tmp_path):
     shutil.copy(IMAGES / "stained_glass.jpg", tmp_path / painting)
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    saved = saved_in(tmp_path, "on/drive")
+    folder = tmp_path / "on" / "drive"
+    (saved,) = folder.glob(f"{Path(photo).stem}_in_{Path(painting).stem}_*.png")
     assert nst.load_image(saved).shape == (1, 3, 43, 64)
-    assert saved.name.startswith(f"{Path(photo).stem}_in_{Path(painting).stem}_")
+    (with_mask,) = folder.glob(f"china_in_{Path(painting).stem}_*.png")
+    assert record_in(with_mask)["own_pictures"] == ["keep"]
     # The painting in its own style, too: the photo was painted already.
-    others = sorted(path.name for path in saved.parent.iterdir() if path != saved)
+    others = sorted(path.name for path in {*folder.iterdir()} - {saved, with_mask})
     beginnings = ["contact_sheet", "painting", "stylized_output"]
     assert [re.split(r"_\d", name)[0] for name in others] == beginnings
     assert [Path(name).suffix for name in others] == [".jpg", ".png", ".webp"]

@@ -621,7 +621,12 @@ def test_uploads_and_choices_outlive_running_the_cell_again(panel, shallow, tmp_
     panel.controls["style_weight"].value = 3
     panel.controls["quality"].value = "best"
     panel.format.value = "webp"
+    paint(panel)
+    (path,) = tmp_path.iterdir()
     again = nst.Panel(SHALLOW, SOURCES, tmp_path, network=shallow, earlier=panel)
+    assert_offered(again, path)
+    again.strength.value = 0.5  # the picture can still be blended
+    assert "Not saved yet" in words_on(again.status)
     assert again.sources == {"photo": CHELSEA, "painting": SOURCES["painting"]}
     assert again.config == panel.config
     assert again.format.value == "webp"
