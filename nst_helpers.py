@@ -841,6 +841,8 @@ class StyleTransferConfig:
         style_weight: 0 and up, how strongly the painting's style is matched.
         tv_weight: 0 and up, total variation: how strongly differences between neighbouring
             pixels are penalised.
+        balance: 0 and up, what multiplies ``content_weight``; with "auto", a short trial finds it
+            for each pair of pictures, 1 to 8, unless that would take a third of the run or more.
     The artist's settings
         detail: 0 to 1, how much of the photo's fine detail is put back at each scale, where it
             has edges.
@@ -869,8 +871,8 @@ class StyleTransferConfig:
             short, and a number at scales whose long side has at least so many pixels.
         device: "auto", "cpu", "cuda", "cuda:1", "mps" or "xpu".
 
-    On the same CPU, with a precision and a checkpoint other than "auto", the same settings give
-    the same picture, bit for bit.
+    On the same CPU, with as many threads and with a precision and a checkpoint other than "auto",
+    the same settings give the same picture, bit for bit.
 
     Raises ``ValueError`` with the setting, its value and what is allowed, and ``TypeError`` for a
     setting that does not exist.
@@ -883,6 +885,7 @@ class StyleTransferConfig:
     content_weight: _FromZero = 5.0
     style_weight: _FromZero = 100.0
     tv_weight: _FromZero = 2.0
+    balance: _FromZero | Literal["auto"] = "auto"
     detail: _Share = 1.0
     color: Literal["style", "content", "luminance"] = "style"
     style_scale: _AboveZero = 1.0
@@ -1114,7 +1117,7 @@ _LR_GROWTH = 0.8  # of the learning rate: each coarser scale adds this share
 _TRIAL_LONG_SIDE = 160  # pixels
 _BALANCE_STEPS = 11
 _TRIAL_RATE = 2.6  # of the learning rate: that of the coarsest of three scales
-_TRIAL_SHARE = 0.25  # of a run's work, at most: a short run goes without
+_TRIAL_SHARE = 1 / 3  # of a run's work, at most: a shorter run goes without
 _EASY_STYLE = 0.065  # the style loss before its last step where the painting suits the photo
 _BALANCE_POWER = 2.2
 _MOST_BALANCE = 8.0
@@ -1230,8 +1233,8 @@ class Job:
     start: a picture to start a run from, instead of what ``config.init`` names.
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
-    balance: what multiplies ``config.content_weight``, 1 to 8; ``None`` until ``_find_balance``
-        has found it.
+    balance: what multiplies ``config.content_weight``; ``None`` until ``_find_balance`` has
+        found it, where ``config.balance`` is "auto".
     notes: what has gone wrong so far.
     """
 
@@ -1558,8 +1561,9 @@ def _plan_trial(job: Job) -> Scale | None:
     config, size = job.config, _shrunk_size(_size_of(job.content), _TRIAL_LONG_SIDE)
     trial = Scale(size, _BALANCE_STEPS, _TRIAL_RATE * config.learning_rate)
     is_weighed = config.content_weight > 0 and config.style_weight > 0 and config.scales != 1
+    is_wanted = is_weighed and config.balance == "auto"
     pays = trial.work <= _TRIAL_SHARE * sum(scale.work for scale in job.scales)
-    return trial if is_weighed and pays else None
+    return trial if is_wanted and pays else None
 
 
 def _find_balance(job: Job) -> float:
@@ -2128,6 +2132,7 @@ def _plan(
         cutout=None if cutout is None else cutout.float(),
         keep=None if keep is None else keep.float(),
         start=None if start is None else start.float().to(device),
+        balance=None if config.balance == "auto" else config.balance,
     )
     _check_job(job)
     return _fit_into_memory(job)
@@ -2748,6 +2753,7 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         **asked,
         "max_size": max(job.config.max_size, *_size_of(step.image)),
         "num_steps": step.total,
+        "balance": job.balance,
         "precision": str(network.dtype).removeprefix("torch."),
         "checkpoint": checkpoint,
         "device": str(network.device).removesuffix(":0"),
@@ -2763,7 +2769,6 @@ def _make_record(step: Step, photo: _Source | None, paintings: Sequence[_Source]
         "paintings": [_sha256_of(painting) for painting, _ in known],
         "weights": {"source": network.source, "sha256": network.sha256},
         "strength": step.strength,
-        "balance": job.balance,
         "step": step.number,
         "finished": step.number == step.total,
         "packages": {name: package.__version__ for name, package in packages.items()},
@@ -2807,9 +2812,10 @@ def _as_transparent_as(photo: _Source, picture: Image.Image, format: str) -> Ima
 def _photo_tags(photo: _Source) -> dict[int, Any]:
     """The EXIF tags of a photo that say when, where and with which camera it was taken."""
     try:
-        is_open = isinstance(photo, Image.Image)
-        opened: Any = contextlib.nullcontext(photo) if is_open else _identify(_open_file(photo))
-        with opened as picture:
+        with contextlib.ExitStack() as opened:
+            picture: Any = photo
+            if not isinstance(photo, Image.Image):
+                picture = _identify(opened.enter_context(_open_file(photo)))
             exif = picture.getexif()
             details = exif.get_ifd(ExifTags.IFD.Exif)
             tags: dict[int, Any] = {tag: exif[tag] for tag in _KEPT_TAGS & exif.keys()}
@@ -2870,7 +2876,8 @@ def _encode(
     tags: dict[int, Any] = {}
     if photo is not None:
         pil_picture = _as_transparent_as(photo, pil_picture, format)
-        tags = _photo_tags(photo) if keep_exif else {}
+        has_tags = keep_exif and not isinstance(photo, np.ndarray)
+        tags = _photo_tags(photo) if has_tags else {}
     record = _make_record(picture, photo, paintings) if isinstance(picture, Step) else None
     text = json.dumps(record) if record else ""  # ASCII
     file = io.BytesIO()
@@ -3015,23 +3022,35 @@ def save_timelapse(images: Sequence[Tensor], folder: str | os.PathLike = "output
 def autosave(steps: Iterable[Step], folder: str | os.PathLike = "outputs") -> Iterator[Step]:
     """Pass on the steps, and keep the latest picture on disk until the run ends well.
 
-    It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old. If the disk is
-    full, a ``StyleTransferWarning`` says so once, and the run goes on.
+    It is a ``.partial.png`` in ``folder``, at most 20 seconds (or one step) old; where a run is
+    stopped, it is the last. If the disk is full, a ``StyleTransferWarning`` says so once, and the
+    run goes on.
     """
     partials: list[Path] = []  # all but the last should be gone
     due = 0.0  # when to save again
     has_warned = False
-    for step in steps:
-        if time.monotonic() >= due:
-            due = time.monotonic() + 20
-            try:
-                partials.append(_write_new_file(_encode(step), folder, "partial.png"))
-                _remove(partials[:-1])
-            except OSError as error:
-                if not has_warned:
-                    _warn(f"The run goes on without its latest picture on disk. {error}")
-                has_warned = True
-        yield step
+    step = None
+
+    def keep(step: Step) -> None:
+        partials.append(_write_new_file(_encode(step), folder, "partial.png"))
+        _remove(partials[:-1])
+
+    try:
+        for step in steps:
+            if time.monotonic() >= due:
+                due = time.monotonic() + 20
+                try:
+                    keep(step)
+                except OSError as error:
+                    if not has_warned:
+                        _warn(f"The run goes on without its latest picture on disk. {error}")
+                    has_warned = True
+            yield step
+    except BaseException:  # Ctrl-C too, and whoever takes the steps may have had enough
+        with contextlib.suppress(OSError):
+            if step is not None:
+                keep(step)
+        raise
     _remove(partials)
 
 
@@ -3039,7 +3058,7 @@ def read_record(source: _File) -> dict[str, Any]:
     """What a file of ``save_image``, a path or its bytes, remembers of its run.
 
     {"settings", "asked": those that were asked for otherwise, such as "auto", "own_pictures": which
-    of masks, keep, start and visible it had, "photo", "paintings": their SHA-256, or ``None``,
+    of masks, keep, start, visible and cutout it had, "photo", "paintings": their SHA-256, or None,
     "weights", "strength": of ``blend_with_photo``, "step", "finished", "packages", "notes"}. No
     pixel is decoded.
     Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` if there is no record.
@@ -3064,8 +3083,8 @@ def read_record(source: _File) -> dict[str, Any]:
 def read_settings(source: _File, **given: Any) -> StyleTransferConfig:
     """The settings that a file of ``save_image`` was painted with, but for those ``given`` here.
 
-    With the same pictures, they give the same result on the same machine. A
-    ``StyleTransferWarning`` says if masks, keep or start must be given to ``stylize`` again, if the
+    With the same pictures, they give the same result on the same machine with as many threads. A
+    ``StyleTransferWarning`` says if masks and the like must be given to ``stylize`` again, if the
     picture was blended with the photo, and if this machine lacks the device or the precision, which
     is "auto" then. Weights of your own must be given:
     ``read_settings(path, weights="my_vgg19.pth")``. Raises what ``read_record`` raises, and
@@ -3383,6 +3402,8 @@ def live_view() -> _Show:
 
 # Sweeps -------------------------------------------------------------------------------------------
 
+_OF_A_NETWORK = {"weights", "content_layers", "style_layers", "pooling", "precision", "device"}
+
 
 def _printable(text: str) -> str:
     """The text, with a ? for each letter that the console, or a page, cannot show."""
@@ -3392,7 +3413,7 @@ def _printable(text: str) -> str:
 
 def _make_bar(runs: int) -> tqdm:
     form = "{desc}|{bar:20}| {elapsed}, {remaining} left"
-    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form)
+    return tqdm(total=runs, file=sys.stdout, leave=False, bar_format=form, mininterval=1)
 
 
 def sweep(
@@ -3405,7 +3426,8 @@ def sweep(
     """Paint with each value of one setting, or each pair of values of two, side by side.
 
     ``options`` are lists of values, by the names of settings, and masks, keep, start, visible and
-    cutout, as ``stylize`` takes them. Without ``network``, each run loads its own.
+    cutout, as ``stylize`` takes them. Without ``network``, or where values are of what a network is
+    made with, such as its precision, each run loads its own.
 
     Draws the pictures and returns them, {label: (1, 3, H, W)}. Errors in the arguments are raised
     before the first run. A sweep that is stopped draws what has been painted.
@@ -3421,6 +3443,8 @@ def sweep(
     for name, tried in values.items():
         if not isinstance(tried, (list, tuple)) or len(tried) == 0:
             raise ValueError(f"{name} must be a list of values to try, not {_shown(tried)}.")
+    if values.keys() & _OF_A_NETWORK:
+        network = None
     runs = {}
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination, strict=True))

@@ -249,8 +249,10 @@ def test_a_stopped_sweep_draws_what_has_been_painted(monkeypatch, shallow, pair,
         assert (plt.gcf().axes[0].images[0].get_array() == nst.to_pil(done.image)).all()
 
 
-def test_a_sweep_without_a_network_loads_one_for_each_run(pair):
-    sheet = nst.sweep(*pair, QUICK, pooling=("max", "average"))
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_sweep_loads_a_network_for_each_run_that_needs_its_own(pair, shallow, is_given):
+    given = {"network": shallow} if is_given else {}
+    sheet = nst.sweep(*pair, QUICK, pooling=("max", "average"), **given)
     for pooling, image in zip(("max", "average"), sheet.values(), strict=True):
         expected = last(nst.stylize(*pair, replace(QUICK, pooling=pooling)))
         assert torch.equal(image, expected.image)

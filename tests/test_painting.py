@@ -231,16 +231,29 @@ def test_the_photo_counts_more_where_the_painting_does_not_suit_it(vgg, china, s
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "balance"),
     [
-        {"content_weight": 0},
-        {"style_weight": 0},
-        {"num_steps": 20},  # fewer than four trials would take
-        {"scales": 1},
+        ({"content_weight": 0}, 1),
+        ({"style_weight": 0}, 1),
+        ({"num_steps": 20}, 1),  # fewer than three trials would take
+        ({"scales": 1}, 1),
+        ({"balance": 2.5}, 2.5),
+        ({"balance": 2.5, "scales": 1}, 2.5),
     ],
 )
-def test_without_a_need_for_a_balance_there_is_no_trial(vgg, china, sheet, settings):
-    assert first_step(china, sheet, vgg, **settings).job.balance == 1
+def test_without_a_need_for_a_balance_there_is_no_trial(
+    monkeypatch, vgg, china, sheet, settings, balance
+):
+    looks = note_looks(monkeypatch)
+    assert first_step(china, sheet, vgg, **settings).job.balance == balance
+    assert sum(look.is_canvas for look in looks) == 1
+
+
+def test_quick_at_256_pixels_has_the_trial_too():
+    """There people try settings, so it must show what a larger picture will be."""
+    plan = nst.plan_scales((171, 256), nst.StyleTransferConfig(quality="quick"))
+    trial = 11 * (107 + 8) * (160 + 8)
+    assert trial < sum(scale.work for scale in plan) / 3
 
 
 # Optimizers ---------------------------------------------------------------------------------------

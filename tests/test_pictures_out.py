@@ -9,6 +9,7 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, NO_SPACE, ROOT, SHALLOW, encoded, fail, half_mask, last, record_in
@@ -306,9 +307,10 @@ def test_nothing_of_the_photos_exif_is_kept_unless_asked_for(tmp_path, step, for
 
 
 def test_nothing_is_kept_of_a_photo_without_exif(tmp_path, step):
-    photo = encoded(Image.new("RGB", (60, 40)))
-    with Image.open(nst.save_image(step, tmp_path, photo=photo, keep_exif=True)) as saved:
-        assert dict(saved.getexif()) == {}
+    picture = Image.new("RGB", (60, 40))
+    for photo in (encoded(picture), picture, np.asarray(picture)):
+        with Image.open(nst.save_image(step, tmp_path, photo=photo, keep_exif=True)) as saved:
+            assert dict(saved.getexif()) == {}
 
 
 def test_exif_of_a_very_large_photo_is_kept(monkeypatch, tmp_path, step):
@@ -468,10 +470,14 @@ def test_the_copy_of_a_run_that_breaks_off_is_kept(tmp_path, step):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(nst.autosave(broken_run(), tmp_path))
-    (path,) = tmp_path.iterdir()
-    assert path.name.endswith(".partial.png")
-    assert record_in(path)["finished"] is False
+        list(nst.autosave(broken_run(), tmp_path / "interrupted"))
+    left = nst.autosave(iter(steps_of(step, 3)), tmp_path / "left")
+    assert [next(left).number, next(left).number] == [1, 2]
+    left.close()  # whoever took the steps has had enough
+    for folder in tmp_path.iterdir():
+        (path,) = folder.iterdir()
+        assert path.name.endswith(".partial.png")
+        assert (record_in(path)["step"], record_in(path)["finished"]) == (2, False)
 
 
 def test_a_run_goes_on_when_the_disk_is_full_with_one_warning(monkeypatch, clock, tmp_path, step):
@@ -502,7 +508,7 @@ def test_the_settings_in_a_png_give_the_same_picture_again(tmp_path):
     config = replace(IN_A_RUN, **settings, style_blend=(1 / 3,))
     step = repaint(config)
     again = nst.read_settings(nst.save_image(step, tmp_path))
-    assert again == config
+    assert again == replace(config, balance=1.0)
     assert torch.equal(repaint(again).image, step.image)
 
 
@@ -510,7 +516,7 @@ def test_the_record_says_how_the_picture_came_about(tmp_path, step, shallow):
     path = nst.save_image(step, tmp_path, photo=SOURCES[0], paintings=SOURCES[1:])
     record = record_in(path)
     assert nst.StyleTransferConfig(**record["settings"]) == nst.read_settings(path)
-    assert record["settings"] | record["asked"] == {**record["settings"], "checkpoint": "auto"}
+    assert record["asked"] == {"checkpoint": "auto", "balance": "auto"}
     assert record["strength"] == 1
     assert record["photo"] == sha256(SOURCES[0])
     assert record["paintings"] == [sha256(SOURCES[1])]
