@@ -1234,7 +1234,7 @@ class Job:
     picture, steps_done, progress: where a run was interrupted, if this job goes on inside it;
         ``scales`` are then those still to paint.
     balance: what multiplies ``config.content_weight``; ``None`` until ``_find_balance`` has
-        found it, where ``config.balance`` is "auto".
+        found it.
     notes: what has gone wrong so far.
     """
 
@@ -1567,13 +1567,15 @@ def _plan_trial(job: Job) -> Scale | None:
 
 
 def _find_balance(job: Job) -> float:
-    """How many times as much the photo counts: 1 where the painting suits it, 8 at most.
+    """How many times as much the photo counts, if the settings do not say: from 1 to 8.
 
     Departure: a trial tells how readily the photo takes the painting's statistics. Strokes and
     swirls, which recur, are soon in place. What is left is what the painting has once, and the
     photo has no place for: a face, a robe, an empty sheet. It would be painted over the photo's
     objects, unless these count more.
     """
+    if job.config.balance != "auto":
+        return job.config.balance
     scale = _plan_trial(job)
     if scale is None:
         return 1.0
@@ -2132,7 +2134,6 @@ def _plan(
         cutout=None if cutout is None else cutout.float(),
         keep=None if keep is None else keep.float(),
         start=None if start is None else start.float().to(device),
-        balance=None if config.balance == "auto" else config.balance,
     )
     _check_job(job)
     return _fit_into_memory(job)
