@@ -832,7 +832,7 @@ class StyleTransferConfig:
         quality: "quick" (52 steps), "normal" (100) or "best" (156); "auto" is "best" on CUDA and
             otherwise "normal". "normal" paints 1.25 times as large as the result and "best" 1.5
             times. At 512 pixels, "quick" takes about a third of the time of "normal", and "best"
-            about five times as long as "normal".
+            about four times as long as "normal".
         num_steps: updates of the canvas, over all scales, 1 and up; "auto" goes by ``quality``.
         scales: how many sizes are painted, coarse to fine, or "auto"; 1 is the textbook loop, at
             the size of the result whatever the ``quality``.
@@ -3180,6 +3180,7 @@ def _torchvision_weights(layers: Collection[str]) -> Weights:
     url, sha256 = _TORCHVISION_URL, _TORCHVISION_SHA256
     folder = Path(torch.hub.get_dir(), "checkpoints")
     bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=_STALL_SECONDS)
+    pooch.get_logger().setLevel("WARNING")  # else it prints addresses and paths
     try:
         path = Path(pooch.retrieve(url, sha256, Path(url).name, folder, downloader=bar))
     except Exception as error:  # a download can fail in a dozen ways
