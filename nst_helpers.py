@@ -935,8 +935,9 @@ class StyleTransferConfig:
 
 # Optimizers ---------------------------------------------------------------------------------------
 
-# An optimizer has an image, which step(gradient) moves within limits. It is made anew at each
-# scale, and a constant factor of all gradients means nothing to it.
+# An optimizer has an image, which step(gradient) moves within limits, each pixel by about lr at
+# most. It is made anew at each scale. Gradients are finite, and a constant factor of all of them
+# means nothing to it.
 
 _LBFGS_HISTORY = 4  # pairs; 10 were no better and used more memory
 _FIRST_STEP = 0.2  # of the learning rate: the mean change of pixels without any history
@@ -1489,7 +1490,8 @@ def _calculate_losses(
     """{"content", "style", "tv", "total"}, 0-d each.
 
     The total is equation 7 of the paper, α × content + β × style, plus total variation. Departure:
-    α is ``config.content_weight`` times the balance that ``_find_balance`` has found.
+    α is ``config.content_weight`` times the balance. (A further loss would be added here, and
+    switched off in ``_find_balance``.)
     """
     content = calculate_content_loss(features, scene.content, scene.content_guides)
     weights, shares = scene.layer_weights, scene.region_shares
@@ -1581,7 +1583,7 @@ def _find_balance(job: Job) -> float:
         return 1.0
     photo = resize(job.content, scale.size)
     plain = replace(job.config, scales=1, optimizer="lbfgs", init="content", noise=0)
-    style_alone = replace(plain, content_weight=0, tv_weight=0)  # and any other loss
+    style_alone = replace(plain, content_weight=0, tv_weight=0)
     trial = replace(job, content=photo, config=style_alone, scales=[scale], start=None, balance=1.0)
     *_, last = _paint_scales(trial)
     found = (last.losses["style"].item() / _EASY_STYLE) ** _BALANCE_POWER
