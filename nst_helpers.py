@@ -735,8 +735,8 @@ def _brief(text: object) -> str:
 
 def _shown(value: object) -> str:
     """A value as an error message shows it: on one line, and not too long."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
     return _brief(" ".join(repr(value).split()))
 
 
@@ -2016,7 +2016,8 @@ def _numbered(name: str, images: Sequence[Any]) -> dict[str, Any]:
 def _check_image(name: str, image: object) -> None:
     """``ValueError`` unless ``image`` is a (1, 3, H, W) picture in [0, 1]."""
     if not isinstance(image, Tensor):
-        advice = "load_image makes one from a file, its bytes or a PIL picture"
+        kind = "mask" if re.match("masks|keep|visible|cutout", name) else "image"
+        advice = f"load_{kind} makes one from a file, its bytes, a PIL picture or an array"
         given = type(image).__name__ if isinstance(image, (bytes, Image.Image)) else _shown(image)
         raise ValueError(f"{name} must be a tensor of shape (1, 3, H, W), not {given}: {advice}.")
     shape = tuple(image.shape)
@@ -2056,8 +2057,10 @@ def _check_mask(name: str, mask: Tensor, job: Job) -> None:
         raise ValueError(f"{name} must be {needed}, for {deepest} to see it, not {given}.")
 
 
-def _warn_of_aspect(name: str, mask: Tensor, content: Tensor) -> None:
+def _warn_of_aspect(name: str, mask: Tensor | None, content: Tensor) -> None:
     """Say if a mask is stretched to the photo's size: it may be of another photo, or turned."""
+    if mask is None:
+        return
     (height, width), (rows, columns) = _size_of(mask), _size_of(content)
     rounding = 1 / min(height, width, rows, columns)  # half a pixel in each picture
 
@@ -2088,9 +2091,9 @@ def _check_job(job: Job) -> None:
             raise ValueError(f"visible[{number}] must be white somewhere, not all black.")
     for number, mask in enumerate(job.masks):
         _check_mask(f"masks[{number}]", mask, job)
-        _warn_of_aspect(f"masks[{number}]", mask, job.content)
-    if job.keep is not None:
-        _warn_of_aspect("keep", job.keep, job.content)
+    stretched = {**_numbered("masks", job.masks), "keep": job.keep, "start": job.start}
+    for name, image in stretched.items():
+        _warn_of_aspect(name, image, job.content)
     if job.cutout is not None:
         _check_mask("cutout", job.cutout, job)
 
@@ -3369,7 +3372,9 @@ def watch(steps: Iterable[Step], show: _Show = _print_line) -> Iterator[Step]:
     due = 0.0  # when to draw again
     step = None
 
-    def draw(step: Step, ending: str = "{remaining} left") -> None:
+    def draw(step: Step, ending: str = "") -> None:
+        # Of the first steps the time cannot be told: they include what comes before them.
+        ending = ending or ("{remaining} left" if step.progress > 0.05 else "beginning")
         form = "{percentage:3.0f}% | {elapsed}, " + ending
         line = tqdm.format_meter(step.progress, 1, time.monotonic() - began, bar_format=form)
         height, width = _size_of(step.image)
@@ -3983,12 +3988,16 @@ class Panel(widgets.HBox):
         page = f"<p><b>{html.escape(problem)}</b></p>"
         try:
             photo, painting = self.load()
-            for which, image in (("photo", photo), ("painting", painting)):
+            shown = {"photo": (photo, self.cutout), "painting": (painting, self.visible)}
+            for which, (image, mask) in shown.items():
+                small = to_pil(image)
+                if mask is not None:
+                    small.putalpha(to_pil(mask).convert("L"))
                 source = self.sources[which]
                 name = html.escape(_file_name_of(source) or f"the {which}")
                 if self.painted.get(which, source) is not source:
                     name += "<br><b>for the next run</b>"
-                picture = picture_tag(image, f"the {which}", 146)
+                picture = picture_tag(small, f"the {which}", 146)
                 page += f"<figure>{picture}<figcaption>{name}</figcaption></figure>"
             page += f"<p>{self._estimate(photo, painting)}</p>"
         except Exception as error:

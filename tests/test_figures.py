@@ -186,6 +186,8 @@ def test_a_page_has_the_picture_and_the_share_of_the_work(clock):
     assert "<pre" not in page  # JupyterLab breaks its lines inside words
     assert shown[-1][1].startswith(" 67%")  # the loop was left: its last picture
     assert "stopped" in shown[-1][1]
+    early, *_ = watch(steps_of(1, clock, 20, progress=0.02))  # nobody can tell yet
+    assert "left" not in early
     first, *_ = watch(steps_of(1, clock, 20, progress=0.2))  # a fifth of the work is done
     assert first.startswith(" 20%")
     assert "00:20, 01:20 left" in first

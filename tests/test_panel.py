@@ -608,6 +608,9 @@ def test_of_cut_out_pictures_only_what_is_visible_counts(panel):
     upload(panel, "photo", CUT_OUT)
     photo, _ = panel.load()
     assert photo[..., 35:].max() < 0.9  # the hidden part is not painted as white
+    for small in files_on(panel.chosen.value):
+        alpha = Image.open(io.BytesIO(small)).getchannel("A")
+        assert (alpha.getpixel((5, 20)), alpha.getpixel((55, 20))) == (255, 0)
     paint(panel)
     (visible,) = panel.result.job.visible
     for mask in (visible, panel.result.job.cutout):

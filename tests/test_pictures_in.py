@@ -499,7 +499,7 @@ def test_a_mask_of_zeros_and_ones_is_black_and_white(kind):
         ((128, 96), ("96 x 128", "64 x 48", "turn")),
     ],
 )
-@pytest.mark.parametrize("kind", ["masks", "keep"])
+@pytest.mark.parametrize("kind", ["masks", "keep", "start"])
 def test_a_mask_of_another_aspect_is_warned_of_with_both_sizes(shallow, kind, size, words):
     photo, mask = torch.zeros(1, 3, 48, 64), half_mask(size)
     given = {kind: [mask] if kind == "masks" else mask}
