@@ -2014,15 +2014,18 @@ def _numbered(name: str, images: Sequence[Any]) -> dict[str, Any]:
 
 
 def _check_image(name: str, image: object) -> None:
-    """``ValueError`` unless ``image`` is a (1, 3, H, W) picture in [0, 1]."""
+    """``ValueError`` unless ``image`` is a (1, 3, H, W) picture in [0, 1]; a mask may be grey."""
+    is_mask = re.match("masks|keep|visible|cutout", name) is not None
+    shapes = "(1, 3, H, W)" + " or (1, 1, H, W)" * is_mask
     if not isinstance(image, Tensor):
-        kind = "mask" if re.match("masks|keep|visible|cutout", name) else "image"
-        advice = f"load_{kind} makes one from a file, its bytes, a PIL picture or an array"
+        maker = f"load_{'mask' if is_mask else 'image'} makes one"
+        advice = f"{maker} from a file, its bytes, a PIL picture or an array"
         given = type(image).__name__ if isinstance(image, (bytes, Image.Image)) else _shown(image)
-        raise ValueError(f"{name} must be a tensor of shape (1, 3, H, W), not {given}: {advice}.")
+        raise ValueError(f"{name} must be a tensor of shape {shapes}, not {given}: {advice}.")
     shape = tuple(image.shape)
-    if len(shape) != 4 or shape[:2] != (1, 3) or min(shape[2:]) < _SMALLEST_SIDE:
-        allowed = f"a picture of shape (1, 3, H, W), H and W of at least {_SMALLEST_SIDE}"
+    is_shaped = len(shape) == 4 and (shape[:2] == (1, 3) or (is_mask and shape[:2] == (1, 1)))
+    if not is_shaped or min(shape[2:]) < _SMALLEST_SIDE:
+        allowed = f"a picture of shape {shapes}, H and W of at least {_SMALLEST_SIDE}"
         raise ValueError(f"{name} must be {allowed}, not {shape}.")
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
         given = f"{image.dtype} from {image.min().item():g} to {image.max().item():g}"
@@ -2159,7 +2162,7 @@ def stylize(
     """Paint ``content`` in the style of ``styles``; yields every step, the last with the result.
 
     All pictures are (1, 3, H, W) RGB tensors in [0, 1], of any sizes, as ``load_image`` gives
-    them. The result has the size of the photo, on the device of the network.
+    them; masks may have one channel. The result has the size of the photo, on the network's device.
 
     styles: one painting, or several, which are blended, or placed where their masks are white.
     network: what ``load_network`` gave, to reuse; its weights and its precision are used.
