@@ -1,7 +1,7 @@
 """Paint ``images/settings/`` and its README: ``python tests/pictures_of_settings.py [NAME ...]``.
 
 One strip a setting: low, default, high, at 256 pixels, of the same photo and painting; with
-names of some settings, only their strips. It takes some ten minutes on two cores.
+names of some settings, only their strips. It takes ten to twenty minutes on two cores.
 """
 
 import sys
